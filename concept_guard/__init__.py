@@ -1,0 +1,44 @@
+"""A drop-in guard for training loops of timm image classifiers.
+
+The stages, in the order of the data flow:
+
+    taps         read activations where the model makes them, without leaving a trace
+    directions   find encoding-decoding direction pairs in them, without concept labels
+    influence    what moving along an encoding direction does to logits
+    flags        which concepts drive errors: effect, exact test, multiplicity, confirmation
+    tracking     keep a flagged pair true while the network moves
+    correction   project out, rebalance, bake into the weights
+    logs         records, cards, TensorBoard
+"""
+
+from concept_guard.config import GuardConfig
+from concept_guard.directions import Concept, DirectionPairs, fit_pairs
+from concept_guard.errors import (
+    BakeError,
+    ConceptGuardError,
+    ConfigError,
+    ProbeError,
+    StateError,
+    TapError,
+)
+from concept_guard.flags import Flag
+from concept_guard.guard import ConceptGuard
+from concept_guard.records import RoundReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BakeError",
+    "Concept",
+    "ConceptGuard",
+    "ConceptGuardError",
+    "ConfigError",
+    "DirectionPairs",
+    "Flag",
+    "GuardConfig",
+    "ProbeError",
+    "RoundReport",
+    "StateError",
+    "TapError",
+    "fit_pairs",
+]

@@ -1,0 +1,114 @@
+"""The command line: reads arguments, calls one function, and turns errors into messages.
+
+Nothing here knows how training or the guard works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from concept_guard.errors import ConceptGuardError, ConfigError
+
+OK, FAILED, MISUSED, STOPPED = 0, 1, 2, 130
+_RESUMING = ("experiment", "resume")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; default: those of this process.
+
+    Returns:
+        The exit code: 0, 1 where the run failed, 2 where the recipe or the command is wrong,
+        130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with _progress_on_stderr():
+            return _run(options.recipe, options.overrides)
+    except ConceptGuardError as error:
+        sys.stderr.write(f"concept-guard: {error}\n")
+        return MISUSED if isinstance(error, ConfigError) else FAILED
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"concept-guard: {str(stop) or 'stopped before anything was done'}\n")
+        return STOPPED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="concept-guard",
+        description="Train timm classifiers with a guard against shortcuts in the data.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    run = commands.add_parser(
+        "run",
+        help="train what a recipe describes",
+        description="Train what a recipe describes; write checkpoint, events and report.",
+        epilog="example: concept-guard run recipes/quickstart.yaml seed=1 guard.alpha=0.01",
+    )
+    run.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, see recipes/README.md")
+    run.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the recipe")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("concept-guard")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(path: str, overrides: Sequence[str]) -> int:
+    from concept_guard.training import Interrupted, load_recipe, run  # heavy: torch, the guard
+
+    recipe = load_recipe(path, overrides)
+    try:
+        result = run(recipe)
+    except Interrupted as stop:
+        if stop.folder is None:
+            raise
+        kept = [text for text in overrides if text.partition("=")[0] not in _RESUMING]
+        experiment = f"experiment={stop.folder.name}"
+        command = shlex.join(["concept-guard", "run", path, *kept, experiment, "resume=true"])
+        raise Interrupted(f"{stop}. To continue:\n  {command}") from None
+    sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, everything in {result.folder}\n")
+    return OK
+
+
+@contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Show the package's progress lines and warnings, plain; the root logger stays as it is."""
+    logger = logging.getLogger("concept_guard")
+    handler, level = _BesideTheBar(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    logging.getLogger("concept_guard").warning("warning: %s", message)
+
+
+class _BesideTheBar(logging.Handler):
+    """Writes lines to stderr above a progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)

@@ -1,0 +1,165 @@
+"""Configuration of the guard: what may be set, which values are possible, when things are due.
+
+Nothing here knows what the settings do: the stages read them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_serializer
+
+from concept_guard.errors import ConfigError
+from concept_guard.strict import StrictModel, read_yaml, validated
+
+__all__ = ["GuardConfig", "read_yaml", "validated"]
+
+_ACTIONS = ("project", "rebalance")
+_EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
+_TAP = re.compile(r"(pre_logits|stage:-?\d+|module:[^@\s]+)(@(NCHW|NHWC|NLC))?")
+
+
+# The parsers below run before pydantic's own checks; pydantic turns their ValueError into a
+# message with key, value and line.
+
+
+def _parse_action(value: object) -> object:
+    # `observe`, one name, or a list of names become a tuple of actions in a fixed order.
+    if value == "observe" or (isinstance(value, list | tuple) and list(value) == ["observe"]):
+        return ()
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected observe, or a list out of {', '.join(_ACTIONS)}")
+    if "penalize" in names:
+        raise ValueError(f"penalize is not available in this version; use {', '.join(_ACTIONS)}")
+    wrong = [name for name in names if name not in _ACTIONS or names.count(name) > 1]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(sorted(set(wrong)))} cannot be used here: expected observe alone, "
+            f"or a list out of {', '.join(_ACTIONS)} that names each once"
+        )
+    return tuple(name for name in _ACTIONS if name in names)
+
+
+def _parse_schedule(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    epochs = _EPOCHS.fullmatch(value) if isinstance(value, str) else None
+    if epochs and float(epochs[1]) > 0:
+        return value
+    raise ValueError('expected a whole number of updates, at least 1, or epochs such as "1ep"')
+
+
+def _parse_concepts(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
+        return value
+    raise ValueError("expected auto, or a whole number of concepts, at least 2")
+
+
+def _parse_budget(value: object) -> object:
+    share = value  # "5%" becomes 0.05
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+        share = float(value.rstrip("% ")) / 100
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if value is None or (number and 0 < float(str(share)) < 1):
+        return share
+    raise ValueError('expected a share of the wall time such as "5%" or 0.05, or null')
+
+
+def _parse_tap(value: object) -> object:
+    if isinstance(value, str) and not _TAP.fullmatch(value):
+        raise ValueError(
+            "expected pre_logits, stage:<number> such as stage:-1, or module:<path> such as "
+            "module:layer4.1; @NCHW, @NHWC or @NLC may follow"
+        )
+    return value
+
+
+_Schedule = Annotated[int | str, BeforeValidator(_parse_schedule)]
+
+
+class GuardConfig(StrictModel):
+    """Settings of one `ConceptGuard`; frozen, strict, unknown keys are refused.
+
+    Attributes:
+        tap: Where activations are read and corrected: `pre_logits`, `stage:-1` or
+            `module:layer4.1`, with an optional layout such as `@NHWC`.
+        concepts: Direction pairs per round; `auto` chooses from the data.
+        start: Updates before the first round, or epochs such as `1ep`.
+        every: Updates between rounds, or epochs.
+        track_every: Updates between re-estimations of the tracked pairs, or epochs.
+        action: What is done about a flagged concept; empty means observe only.
+        max_erased: Concepts that may be erased at the same time.
+        alpha: False-discovery level of the flags; smaller flags less.
+        approve: `auto` corrects what is flagged, `manual` waits for `guard.approve`.
+        strength: Share of the excess factor that the projection takes away.
+        budget: Share of the wall time the guard may use, stretching its intervals; `None`
+            keeps the schedule as it is, which makes runs reproducible.
+        max_rows: Rows of the probe that are kept for finding directions.
+        reference_images: Probe images that tracking reads again.
+        steps_per_epoch: Updates per epoch, needed for schedules in epochs.
+        seed: Seed of the guard's own generator.
+    """
+
+    tap: Annotated[str, BeforeValidator(_parse_tap)] = "pre_logits"
+    concepts: Annotated[int | Literal["auto"], BeforeValidator(_parse_concepts)] = "auto"
+    start: _Schedule = 100
+    every: _Schedule = 200
+    track_every: _Schedule = 25
+    action: Annotated[tuple[str, ...], BeforeValidator(_parse_action)] = _ACTIONS
+    max_erased: int = Field(default=4, ge=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    approve: Literal["auto", "manual"] = "auto"
+    strength: float = Field(default=1.0, gt=0, le=1)
+    budget: Annotated[float | None, BeforeValidator(_parse_budget)] = None
+    max_rows: int = Field(default=200_000, ge=1)
+    reference_images: int = Field(default=512, ge=1)
+    steps_per_epoch: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_serializer("action")
+    def _write_action(self, action: tuple[str, ...]) -> str | list[str]:
+        return list(action) or "observe"
+
+    def updates(self, name: Literal["start", "every", "track_every"]) -> int:
+        """Return a schedule as a number of optimizer updates.
+
+        Args:
+            name: Which schedule.
+
+        Returns:
+            At least 1; epochs are rounded to the nearest whole number of updates.
+
+        Raises:
+            ConfigError: If the schedule is in epochs and `steps_per_epoch` is not set.
+        """
+        value = getattr(self, name)
+        if isinstance(value, int):
+            return value
+        if self.steps_per_epoch is None:
+            raise ConfigError(
+                f"{name} = {value!r} is in epochs, but steps_per_epoch is not set. "
+                "Set steps_per_epoch=len(loader), or give the number of updates."
+            )
+        return max(1, round(float(value.removesuffix("ep")) * self.steps_per_epoch))
+
+    @classmethod
+    def load(cls, source: GuardConfig | Mapping[str, object] | str | Path | None) -> GuardConfig:
+        """Return the configuration described by `source`.
+
+        Args:
+            source: A configuration (returned as it is), a mapping, the path of a YAML file, or
+                `None` for the defaults.
+
+        Returns:
+            The checked configuration.
+        """
+        if isinstance(source, GuardConfig):
+            return source
+        if source is None or isinstance(source, Mapping):
+            return validated(cls, source or {}, {}, cls.__name__)
+        data, lines = read_yaml(source)
+        return validated(cls, data, lines, str(source))

@@ -1,0 +1,274 @@
+"""Stage 4b: what is under correction now: tracked concepts, their references, human decisions.
+
+Nothing here decides which concepts drive errors.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from concept_guard import state
+from concept_guard.config import GuardConfig
+from concept_guard.correction import GroupCounts, Projection, bake_into, projection
+from concept_guard.flags import Candidate, Flag
+from concept_guard.probe import Batches, Reading, images_at
+from concept_guard.rounds import Findings, as_tracked
+from concept_guard.taps import Edit, Tap
+from concept_guard.tracking import Tracked, reference_images
+
+Logits = Callable[[Edit | None], Tensor]
+
+
+class Corrector:
+    """Holds the tracked concepts and keeps the tap's edit in step with them.
+
+    Args:
+        tap: Where rows are read and corrected.
+        probe: The probe, for reference images.
+        config: Settings of the guard.
+
+    Attributes:
+        tracked: Concepts under correction, in the order in which they came.
+        flags: Concept id to the flag for which it is corrected.
+        vetoed: Ids that are never corrected.
+        approved: Ids that are corrected when flagged, also under `approve: manual`.
+    """
+
+    def __init__(self, tap: Tap, probe: Batches, config: GuardConfig) -> None:
+        self._tap, self._probe, self._config = tap, probe, config
+        self.tracked: tuple[Tracked, ...] = ()
+        self.flags: dict[int, Flag] = {}
+        self.vetoed: set[int] = set()
+        self.approved: set[int] = set()
+        self._counts = GroupCounts()
+        self._reference: tuple[Tensor, Tensor, Tensor] | None = None  # indices, images, labels
+
+    @property
+    def rebalancing(self) -> bool:
+        """Whether losses per sample are weighed now."""
+        return bool(self.tracked) and "rebalance" in self._config.action
+
+    def weights(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the weight of each training sample by class and presence of tracked concepts.
+
+        Args:
+            rows: `(B, Q, C)` activations of the batch, before any correction.
+            labels: `(B,)` classes.
+
+        Returns:
+            `(B,)` positive weights.
+        """
+        return self._counts.weights(self.tracked, rows, labels)
+
+    def tail(self, reading: Reading) -> Logits:
+        """Return a function from an edit, on top of the current one, to the reading's logits.
+
+        Args:
+            reading: Rows of the probe images.
+
+        Returns:
+            Maps an edit of `(N, Q, C)` rows to `(N, M)` logits. A linear map behind the tap is
+            evaluated on the rows; otherwise the probe is passed through the model again.
+        """
+        head, current = self._tap.classifier, self._tap.edit
+
+        def logits(edit: Edit | None) -> Tensor:
+            both = _Chain([e for e in (current, edit) if e is not None])
+            if head is not None:
+                with torch.no_grad():
+                    rows = both(reading.rows)[:, 0].to(head.weight.dtype)
+                    return functional.linear(rows, head.weight, head.bias).float()
+            passes = [self._tap.logits(images, both) for images, _ in self._probe]
+            return torch.cat(passes)[reading.indices.to(passes[0].device)]
+
+        return logits
+
+    def status(self, flag: Flag) -> str:
+        """Return what people and settings make of a flag.
+
+        Args:
+            flag: As tested, `found` or `unconfirmed`.
+
+        Returns:
+            `erased`, `unconfirmed`, `vetoed`, `waiting` or `found`.
+        """
+        if any(t.concept == flag.concept for t in self.tracked):
+            return "erased"
+        if flag.status != "found":
+            return flag.status
+        if flag.concept in self.vetoed:
+            return "vetoed"
+        waits = self._config.approve == "manual" and flag.concept not in self.approved
+        return "waiting" if waits and self._config.action else "found"
+
+    def act_on(self, found: Findings, reading: Reading) -> Tensor | None:
+        """Correct what a round found, as far as settings and people allow.
+
+        Args:
+            found: Result of the round.
+            reading: The reading it is based on.
+
+        Returns:
+            `(N, M)` logits with everything new that may be erased out of the way; None if there
+            is nothing new.
+        """
+        new = {i: c for i, c in found.candidates.items() if self.status(c.flag) == "found"}
+        if_erased = None
+        if new:
+            again = [_once(c) for c in new.values()]
+            if_erased = self.tail(reading)(projection(again, self._config.strength))
+        room = max(0, self._config.max_erased - len(self.tracked)) if self._config.action else 0
+        self._set([*found.tracked, *map(_begun, list(new.values())[:room])], reading)
+        self.flags |= {i: c.flag for i, c in list(new.items())[:room]}
+        return if_erased
+
+    def add(self, candidates: Iterable[Candidate], reading: Reading) -> None:
+        """Correct concepts on top of those under correction.
+
+        Args:
+            candidates: Concepts with a pair.
+            reading: A reading of the probe.
+
+        Raises:
+            ValueError: If there would be more than `max_erased`.
+        """
+        new = list(candidates)
+        most = self._config.max_erased
+        if len(self.tracked) + len(new) > most:
+            raise ValueError(
+                f"cannot erase {[c.flag.concept for c in new]} as well: {len(self.tracked)} are "
+                f"erased and max_erased is {most}; restore one or raise max_erased"
+            )
+        self._set([*self.tracked, *map(_begun, new)], reading)
+        self.flags |= {c.flag.concept: c.flag for c in new}
+
+    def drop(self, ids: Iterable[int]) -> None:
+        """Stop correcting concepts.
+
+        Args:
+            ids: Concepts; those not under correction are passed over.
+        """
+        gone = set(ids)
+        self.tracked = tuple(t for t in self.tracked if t.concept not in gone)
+        self._apply()
+
+    def track(self) -> None:
+        """Re-estimate the tracked pairs from the current rows of their reference images."""
+        indices, images, labels = self._reference_set()
+        reading = self._tap.read(iter(_cut(images, labels)), max_rows=2**62, seed=0)
+        if not bool(torch.isfinite(reading.rows).all()):
+            raise ValueError(
+                f"activations at tap {self._config.tap!r} hold NaN or infinite values on the "
+                "reference images, expected finite ones; lower the learning rate"
+            )
+        moved = []
+        for tracked in self.tracked:
+            at = torch.searchsorted(indices, tracked.images).to(reading.rows.device)
+            moved.append(tracked.moved_to(reading.rows[at], reading.labels[at]))
+        self.tracked = tuple(moved)
+        self._apply()
+
+    def bake(self) -> None:
+        """Fold the projection into the linear map behind the tap and stop correcting.
+
+        Raises:
+            BakeError: If that cannot be exact; nothing is changed then.
+        """
+        edit = self._tap.edit
+        if isinstance(edit, Projection):
+            bake_into(self._tap.classifier, edit, self._config.tap)
+        self.drop([t.concept for t in self.tracked])
+
+    def close(self) -> None:
+        """Let go of reference images and tracked concepts."""
+        self.tracked, self._reference = (), None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the part of the guard's state that is kept here.
+
+        Returns:
+            Tensors and plain data.
+        """
+        return {
+            "tracked": [state.from_tracked(t) for t in self.tracked],
+            "flags": {i: asdict(flag) for i, flag in self.flags.items()},
+            "vetoed": sorted(self.vetoed),
+            "approved": sorted(self.approved),
+            "counts": {i: counts.clone() for i, counts in self._counts.counts.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            saved: Holds the keys of `state_dict`, and possibly more.
+        """
+        self.tracked = tuple(state.to_tracked(t, self._tap.device) for t in saved["tracked"])
+        self.flags = {i: Flag(**flag) for i, flag in saved["flags"].items()}
+        self.vetoed, self.approved = set(saved["vetoed"]), set(saved["approved"])
+        self._counts.counts = {i: counts.clone() for i, counts in saved["counts"].items()}
+        self._reference = None
+        self._apply()
+
+    def _set(self, concepts: list[Tracked], reading: Reading) -> None:
+        """Track these concepts, each with references drawn anew from its carriers."""
+        tracked = []
+        room = self._config.reference_images // max(1, len(concepts))
+        for concept in concepts:
+            carried = concept.carriers.any(dim=1).to(reading.labels.device)
+            k, seed = concept.class_index, self._config.seed
+            at = reference_images(carried, reading.labels, k, room, seed=seed)
+            images = reading.indices.cpu()[at]
+            present = concept.carriers.cpu()[at]
+            tracked.append(replace(concept, images=images, present=present))
+            if concept.concept not in self._counts.counts:
+                num_classes = reading.logits.shape[1]
+                self._counts.start(concept.concept, reading.labels, carried, num_classes)
+        self.tracked, self._reference = tuple(tracked), None
+        self._apply()
+
+    def _apply(self) -> None:
+        """Bring the tap in line with what is tracked."""
+        projecting = "project" in self._config.action
+        self._tap.edit = projection(self.tracked, self._config.strength) if projecting else None
+        self._tap.listening = self.rebalancing
+        if not self.tracked:
+            self._reference = None
+
+    def _reference_set(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return indices, images and labels of all reference images, read once and kept."""
+        if self._reference is None:
+            indices = torch.cat([t.images for t in self.tracked]).unique()
+            self._reference = (indices, *images_at(self._probe, indices))
+        return self._reference
+
+
+class _Chain:
+    """One edit after another."""
+
+    def __init__(self, edits: list[Edit]) -> None:
+        self._edits = edits
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        for edit in self._edits:
+            rows = edit(rows)
+        return rows
+
+
+def _once(candidate: Candidate) -> Tracked:
+    """Return a candidate for one evaluation of its erasure."""
+    assert candidate.pair is not None
+    return as_tracked(candidate.flag.concept, candidate.flag.class_index, candidate.pair)
+
+
+def _begun(candidate: Candidate) -> Tracked:
+    """Return a candidate with its carriers, without reference images yet."""
+    return replace(_once(candidate), carriers=candidate.present, separation=candidate.separation)
+
+
+def _cut(images: Tensor, labels: Tensor, size: int = 256) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(images.split(size), labels.split(size), strict=True)

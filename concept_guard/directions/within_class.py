@@ -1,0 +1,177 @@
+"""Stage 2, find: the pair of a concept whose presence is known, estimated within classes.
+
+Nothing here knows how presence was found or what the pair is used for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FOLDS, ROUNDS = 4, 2
+
+
+@dataclass(frozen=True, eq=False)
+class WithinClassPair:
+    """The pair of one concept, free of what the concept shares with the classes.
+
+    Attributes:
+        filter: `(C,)` decoding direction, scaled so that `filter . signal = 1`.
+        signal: `(C,)` encoding direction: what the presence of the concept adds to a row.
+        absent: Mean of `x . filter` over the rows without the concept.
+        gain: How far `x . filter` rises from the rows without to those with the concept
+            (medians); about 1.
+        shrinkage: Ledoit-Wolf shrinkage of the covariance, between 0 and 1.
+    """
+
+    filter: Tensor
+    signal: Tensor
+    absent: float
+    gain: float
+    shrinkage: float
+
+    @property
+    def threshold(self) -> float:
+        """Value of `x . filter` half-way between absence and presence."""
+        return self.absent + 0.5 * self.gain
+
+
+def within_class_pair(
+    rows: Tensor, labels: Tensor, present: Tensor, *, shrinkage: float | None = None
+) -> WithinClassPair | None:
+    """Estimate encoding and decoding direction of a concept from its presence.
+
+    The signal vector is the regression of the row on presence with the class held fixed: the
+    difference of means (present minus absent) per class, weighted by `n1 n0 / (n1 + n0)`. The
+    filter is the discriminant `C^-1 s` with the covariance `C` within (class, presence) groups,
+    shrunk towards a multiple of the identity. Estimated on biased data without holding the class
+    fixed, both directions would contain the class.
+
+    Source: Haufe et al. (2014), NeuroImage 87:96-110 (patterns); Ledoit and Wolf (2004), J.
+    Multivariate Analysis 88:365-411 (shrinkage).
+
+    Args:
+        rows: `(P, C)` activations.
+        labels: `(P,)` classes.
+        present: `(P,)` bool.
+        shrinkage: Shrinkage to use; None estimates it.
+
+    Returns:
+        The pair in float32, or None when no class has rows both with and without the concept.
+    """
+    group = labels * 2 + present.long()
+    count, means = _group_means(rows, group)
+    n0, n1 = count[0::2], count[1::2]
+    weight = torch.where((n0 > 0) & (n1 > 0), n0 * n1 / (n0 + n1).clamp_min(1), 0.0)
+    if float(weight.sum()) == 0.0:
+        return None
+    signal = (weight[:, None] * (means[1::2] - means[0::2])).sum(dim=0) / weight.sum()
+    residual = rows - means[group].to(rows.dtype)
+    if shrinkage is None:
+        from sklearn.covariance import ledoit_wolf_shrinkage  # slow to import
+
+        shrinkage = float(ledoit_wolf_shrinkage(residual.cpu().numpy(), assume_centered=True))
+    covariance = (residual.T @ residual).to(torch.float64) / len(rows)
+    level = covariance.diagonal().mean()
+    if float(level) == 0.0 or float(signal.square().sum()) == 0.0:
+        return None
+    covariance = (1 - shrinkage) * covariance
+    covariance.diagonal().add_(max(shrinkage, 1e-6) * level)
+    direction: Tensor = torch.linalg.solve(covariance, signal)
+    direction = (direction / (direction @ signal)).to(rows.dtype)
+    factor = rows @ direction
+    off, on = factor[~present], factor[present]
+    gain = float(on.median() - off.median())
+    return WithinClassPair(
+        direction, signal.to(rows.dtype), float(off.mean()), gain, float(shrinkage)
+    )
+
+
+def _group_means(rows: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(G,)` counts and `(G, C)` float64 means of the rows of each group."""
+    size = 2 * (int(group.max()) // 2 + 1)
+    count = torch.bincount(group, minlength=size).to(torch.float64)
+    total = torch.zeros((size, rows.shape[1]), dtype=torch.float64, device=rows.device)
+    total.index_add_(0, group, rows.to(torch.float64))
+    return count, total / count.clamp_min(1)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Membership:
+    """Which rows carry a concept, and how clearly they stand apart from those that do not.
+
+    Attributes:
+        present: `(P,)` bool.
+        valley: Rows of the other classes half-way between absence and presence.
+        peak: As many fifths of the way wide, but around presence. A mark that is there or not
+            has fewer rows in the valley than at the peak; a mere tail of a continuous quantity
+            has more.
+    """
+
+    present: Tensor
+    valley: int
+    peak: int
+
+    @property
+    def separation(self) -> float:
+        """Between -1 (a continuous tail) and 1 (two groups with nothing between them)."""
+        return (self.peak - self.valley) / max(1, self.peak + self.valley)
+
+
+def refine_membership(
+    rows: Tensor, labels: Tensor, present: Tensor, class_index: int, *, seed: int
+) -> Membership | None:
+    """Sharpen a first guess of presence by what the pair of that guess reads, cross-fitted.
+
+    A pair is estimated within classes on some folds and reads the others; rows beyond half-way
+    between the medians of the absent and the present rows of other classes are the next guess.
+
+    Args:
+        rows: `(P, C)` activations.
+        labels: `(P,)` classes.
+        present: `(P,)` bool, the first guess.
+        class_index: The class the concept pulls towards; the rows of all others set the scale.
+        seed: Chooses the folds.
+
+    Returns:
+        The membership, or None when fewer than 3 rows of other classes carry the concept.
+    """
+    others = labels != class_index
+    shrinkage: float | None = None
+    scaled = torch.zeros(len(rows), device=rows.device)
+    for turn in range(ROUNDS + 1):
+        if turn:
+            present = scaled > 0.5
+        if int((others & present).sum()) < 3 or int((others & ~present).sum()) < 3:
+            return None
+        read = _cross_fitted(rows, labels, present, shrinkage, seed + turn)
+        if read is None:
+            return None
+        factor, shrinkage = read
+        low = factor[others & ~present].median()
+        scaled = (factor - low) / (factor[others & present].median() - low)
+    fifth = scaled[others]
+    valley = int(((fifth > 0.4) & (fifth < 0.6)).sum())
+    peak = int(((fifth > 0.9) & (fifth < 1.1)).sum())
+    return Membership(scaled > 0.5, valley, peak)
+
+
+def _cross_fitted(
+    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, seed: int
+) -> tuple[Tensor, float] | None:
+    """Return `(P,)` factors, each read by a pair that did not see its row."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    group = (labels * 2 + present.long()).cpu()[order]
+    order = order[group.argsort(stable=True)]
+    fold = torch.empty(len(rows), dtype=torch.long)
+    fold[order] = torch.arange(len(rows)) % FOLDS
+    factor = torch.zeros(len(rows), device=rows.device)
+    for left_out in range(FOLDS):
+        keep = (fold != left_out).to(rows.device)
+        pair = within_class_pair(rows[keep], labels[keep], present[keep], shrinkage=shrinkage)
+        if pair is None:
+            return None
+        shrinkage = pair.shrinkage
+        factor[~keep] = rows[~keep] @ pair.filter
+    assert shrinkage is not None
+    return factor, shrinkage

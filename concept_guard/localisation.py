@@ -1,0 +1,66 @@
+"""Stage 5: where in an image a concept is, for its card.
+
+Nothing here knows how cards are drawn or which concepts deserve one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from concept_guard.taps import Tap
+
+CELLS = 8  # the side of the grid of grey patches that cover an image one at a time
+
+
+def location_maps(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
+    """Return how strongly each place of each image speaks for a concept.
+
+    At a tap with positions this is the factor itself. At a pooled tap each cell of a grid is
+    covered in turn with the image's mean colour, and the place counts by how much the factor
+    falls; that needs no assumption about what lies between image and tap.
+
+    Source: Zeiler and Fergus (2014), ECCV, section 4.2 (occlusion).
+
+    Args:
+        tap: Where the concept is read.
+        images: `(n, channels, H, W)` network input.
+        direction: `(C,)` filter of the concept.
+
+    Returns:
+        `(n, h, w)` between 0 and 1, on the CPU; a map that is 0 throughout has no place.
+    """
+    height, width = tap.grid
+    if height * width > 1:
+        factor = _factors(tap, images, direction)
+        return _scaled(factor.view(len(images), height, width))
+    whole = _factors(tap, images, direction).amax(dim=1)
+    rows, columns = (min(CELLS, side) for side in images.shape[-2:])
+    drops = torch.zeros(len(images), rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            covered = _covered(images, row, column, rows, columns)
+            drops[:, row, column] = whole - _factors(tap, covered, direction).amax(dim=1)
+    return _scaled(functional.avg_pool2d(drops[:, None], 3, 1, 1, count_include_pad=False)[:, 0])
+
+
+def _factors(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
+    """Return `(n, Q)` values of `x . w` on the CPU."""
+    labels = torch.zeros(len(images), dtype=torch.long)
+    reading = tap.read(iter([(images, labels)]), max_rows=2**62, seed=0)
+    return (reading.rows @ direction.to(reading.rows)).cpu()
+
+
+def _covered(images: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
+    """Return the images with one cell of the grid in their mean colour."""
+    covered = images.clone()
+    height, width = images.shape[-2:]
+    top, bottom = row * height // rows, (row + 1) * height // rows
+    left, right = column * width // columns, (column + 1) * width // columns
+    covered[..., top:bottom, left:right] = images.mean(dim=(-2, -1), keepdim=True)
+    return covered
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    """Scale each map to a peak of 1; what lies below its mean counts as 0."""
+    raised = (maps - maps.mean(dim=(1, 2), keepdim=True)).clamp_min(0.0)
+    return raised / raised.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)

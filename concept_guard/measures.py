@@ -1,0 +1,109 @@
+"""Stage 5: what a round's numbers are: accuracy by group, explained errors, the verdict.
+
+Nothing here knows how the numbers are shown.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from concept_guard.flags import Flag
+
+SMALLEST_GROUP = 5  # images; the accuracy of fewer says nothing
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of right predictions.
+
+    Args:
+        logits: `(N, M)` class logits.
+        labels: `(N,)` classes.
+
+    Returns:
+        Between 0 and 1.
+    """
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def worst_class_recall(logits: Tensor, labels: Tensor) -> float:
+    """Return the recall of the class that is recognised least.
+
+    Args:
+        logits: `(N, M)` class logits.
+        labels: `(N,)` classes.
+
+    Returns:
+        Between 0 and 1, over the classes that have images.
+    """
+    right = logits.argmax(dim=1) == labels
+    return min(float(right[labels == k].double().mean()) for k in labels.unique().tolist())
+
+
+def worst_group_accuracy(logits: Tensor, labels: Tensor, carried: Sequence[Tensor]) -> float:
+    """Return the accuracy of the worst (class, concept present) group.
+
+    Args:
+        logits: `(N, M)` class logits.
+        labels: `(N,)` classes.
+        carried: One `(N,)` bool per concept that counts, in any order.
+
+    Returns:
+        Between 0 and 1, over groups of at least 5 images; the worst class recall without concepts.
+    """
+    right = logits.argmax(dim=1) == labels
+    groups = [
+        (labels == k) & (concept == value)
+        for concept in carried
+        for k in labels.unique().tolist()
+        for value in (False, True)
+    ]
+    rates = [float(right[g].double().mean()) for g in groups if int(g.sum()) >= SMALLEST_GROUP]
+    return min(rates) if rates else worst_class_recall(logits, labels)
+
+
+def error_share_explained(
+    logits: Tensor, labels: Tensor, flags: Sequence[Flag], carried: Mapping[int, Tensor]
+) -> float:
+    """Return the share of errors that are predictions of a flag's class where it is present.
+
+    Args:
+        logits: `(N, M)` class logits.
+        labels: `(N,)` classes.
+        flags: Flags that hold.
+        carried: Concept id to `(N,)` bool presence.
+
+    Returns:
+        Between 0 and 1; 0 without errors.
+    """
+    predicted = logits.argmax(dim=1)
+    wrong = predicted != labels
+    explained = torch.zeros_like(wrong)
+    for flag in flags:
+        explained |= wrong & carried[flag.concept] & (predicted == flag.class_index)
+    return float(explained.sum() / wrong.sum().clamp_min(1))
+
+
+def verdict(flags: Sequence[Flag], errors: int, images: int, alpha: float) -> str:
+    """Say in one sentence what was flagged, or why nothing could be.
+
+    Args:
+        flags: All flags of the round.
+        errors: Probe images predicted wrongly.
+        images: Probe images read.
+        alpha: False-discovery level.
+
+    Returns:
+        One sentence.
+    """
+    held = [flag for flag in flags if flag.status in ("found", "erased", "waiting")]
+    if held:
+        parts = [f"concept {f.concept} drives errors towards class {f.class_index}" for f in held]
+        return f"flagged: {'; '.join(parts)}"
+    seen = f"{errors} errors seen on {images} probe images"
+    if not flags:
+        return f"no evidence: {seen}, no concept goes with them (q <= {alpha:g})"
+    return (
+        f"no evidence: {seen}, {len(flags)} concepts go with some of them but are not confirmed "
+        "as their cause"
+    )

@@ -1,0 +1,401 @@
+"""Stage 1: pass over the held-out probe set in a fixed order and leave no trace of it.
+
+Nothing here knows where a model is read: no hooks, no layouts, no concepts.
+"""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+from concept_guard.errors import ProbeError
+
+LISTED = 10  # offenders spelled out in one message
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one isolated pass over the probe found, images in probe order.
+
+    Attributes:
+        rows: `(N, Q, C)` float32, before any edit; all Q positions of an image stay together.
+        logits: `(N, M)` float32, of the model as it is, with its current edit.
+        labels: `(N,)` int64 class indices.
+        indices: `(N,)` int64 positions in the probe, ascending.
+        seen: Images in the whole pass, of which N were kept.
+        grid: Rows and columns that the Q positions form.
+    """
+
+    rows: Tensor
+    logits: Tensor
+    labels: Tensor
+    indices: Tensor
+    seen: int
+    grid: tuple[int, int]
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Let the block run `model` without changing training by a single bit.
+
+    Inside: every module in eval mode, no gradients, no autocast, eager execution. Afterwards,
+    whether the block returns or raises: the `training` flag of every module and the random
+    states of python, numpy, torch and CUDA are what they were.
+
+    Args:
+        model: Any module. Flags are set one by one, because `model.train()` would thaw frozen
+            parts and may be overridden.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(_random_state_kept())
+        stack.callback(_set_modes, modes)
+        stack.enter_context(torch.inference_mode(False))  # no fit can use inference tensors
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            # Without it a model compiled in place would be compiled again for the probe.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _set_modes([(module, False) for module, _ in modes])
+        yield
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+@contextmanager
+def _random_state_kept(seed: int | None = None) -> Iterator[None]:
+    """Restore the global random states afterwards; start them from `seed` if one is given."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the user's own global state
+    # Asking an idle CUDA for its state would initialise it; nothing can have drawn from it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002 - undone below
+                torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - the user's own global state
+
+
+class Batches:
+    """Batches of a probe, the same on every pass; a pass changes neither probe nor random state."""
+
+    def __init__(self, source: Iterable[Any], seed: int, *, own: bool = False) -> None:
+        self._source = source
+        self._seed = seed
+        self._own = own
+
+    def __iter__(self) -> Iterator[Any]:
+        generators = _generators(self._source)
+        states = [generator.get_state() for generator in generators]
+        iterator: Iterator[Any] | None = None
+        try:
+            for number in count(self._seed):
+                with _random_state_kept(number):
+                    iterator = iter(self._source) if iterator is None else iterator
+                    try:
+                        batch = next(iterator)
+                    except StopIteration:
+                        return
+                yield batch
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    def only(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images of the given ascending positions, in batches.
+
+        A loader in the order of its dataset loads just these images; anything else is passed over
+        in full.
+
+        Yields:
+            `(b, ...)` images and `(b,)` labels.
+        """
+        if isinstance(self._source, DataLoader) and self._own:
+            order = list(self._source.sampler)
+            chosen = [order[index] for index in indices]
+            yield from Batches(_reordered(self._source, chosen, self._seed), self._seed)
+            return
+        wanted, start = torch.tensor(indices), 0
+        for batch in self:
+            images, labels = checked_pair(batch, start)
+            here = wanted[(wanted >= start) & (wanted < start + len(labels))] - start
+            if len(here):
+                yield images[here.to(images.device)], labels[here.to(labels.device)]
+            start += len(labels)
+
+
+def probe_batches(probe: Iterable[Any], seed: int) -> Batches:
+    """Return the batches of `probe`, the same on every pass, without side effects.
+
+    A plain map-style `DataLoader` is read through an own loader in the order of its dataset, so
+    that a probe index is a position in that order. Anything else is iterated as it is.
+
+    Args:
+        probe: Held-out `(images, labels)` batches that can be iterated many times.
+        seed: Of the random numbers that dataset, workers or sampler draw during a pass.
+
+    Returns:
+        An iterable; passes over it change neither `probe` nor the global random state.
+
+    Raises:
+        ProbeError: If the probe can be iterated only once, or not at all.
+    """
+    if isinstance(probe, Batches):
+        return probe
+    if not isinstance(probe, Iterable):
+        raise ProbeError(
+            f"probe is a {type(probe).__name__}, expected an iterable of (images, labels) "
+            "batches; wrap a dataset: DataLoader(dataset, batch_size=64)"
+        )
+    if isinstance(probe, Iterator) and iter(probe) is probe:
+        raise ProbeError(
+            f"probe is a one-shot iterator ({type(probe).__name__}) but is read many times; "
+            "pass the DataLoader itself, or list(probe) if it fits in memory"
+        )
+    own = _own_loader(probe, seed)
+    return Batches(
+        probe if own is None else own, seed, own=own is not None and own.batch_size is not None
+    )
+
+
+def images_at(batches: Batches, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return chosen images of a probe.
+
+    Args:
+        batches: The probe, as `probe_batches` returns it.
+        indices: `(n,)` positions in the probe, in any order.
+
+    Returns:
+        `(n, ...)` images and `(n,)` labels on the CPU, in the order asked for.
+    """
+    ascending, back = indices.cpu().unique(return_inverse=True)
+    images, labels, start = [], [], 0
+    for batch in batches.only(ascending.tolist()):
+        x, y = checked_pair(batch, start)
+        images.append(x.cpu())
+        labels.append(y.cpu().long())
+        start += len(y)
+    return torch.cat(images)[back], torch.cat(labels)[back]
+
+
+def _own_loader(probe: Iterable[Any], seed: int) -> DataLoader[Any] | None:
+    """Return a loader over the dataset of `probe` in its order; None if there is no such order."""
+    if type(probe) is not DataLoader or isinstance(probe.dataset, IterableDataset):
+        return None
+    if probe.batch_size is None and probe.batch_sampler is not None:
+        return None  # a batch sampler of the user's own
+    order: Iterable[int]
+    if type(probe.sampler) is SubsetRandomSampler:
+        order = sorted(int(index) for index in probe.sampler.indices)
+    elif type(probe.sampler) is RandomSampler:
+        order = SequentialSampler(probe.sampler.data_source)
+    elif type(probe.sampler) is SequentialSampler:
+        order = probe.sampler
+    else:
+        return None
+    return _reordered(probe, order, seed)
+
+
+def _reordered(loader: DataLoader[Any], order: Iterable[int], seed: int) -> DataLoader[Any]:
+    """Return a loader like `loader` that takes the items of its dataset in the given order."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=order,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _generators(source: object) -> list[torch.Generator]:
+    """Return the generators of a loader, of the loader it wraps, and of their samplers."""
+    visited: dict[int, object] = {}
+    todo = [source]
+    while todo:
+        node = todo.pop()
+        if node is not None and id(node) not in visited:
+            visited[id(node)] = node
+            names = ("generator", "sampler", "batch_sampler", "loader")
+            todo += [getattr(node, name, None) for name in names]
+    return [node for node in visited.values() if isinstance(node, torch.Generator)]
+
+
+def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
+    """Return a batch as images `(B, ...)` and integer labels `(B,)`, or say what it is instead.
+
+    Raises:
+        ProbeError: If the batch, whose first image has probe index `start`, is no such pair.
+    """
+    where = f"probe batch that starts at image {start}"
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ProbeError(
+            f"{where}: got a {type(batch).__name__}{size}, expected a pair (images, labels); "
+            "wrap the loader so that it yields just these two"
+        )
+    images, labels = batch
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ProbeError(
+                f"{where}: {name} are a {type(value).__name__}, expected a tensor; "
+                "collate them with torch.utils.data.default_collate"
+            )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ProbeError(
+            f"{where}: labels are {labels.dtype}, expected integer class indices; soft labels "
+            "(Mixup, CutMix, smoothing) cannot be counted, so pass a clean, unmixed loader"
+        )
+    if images.ndim < 2 or labels.shape != images.shape[:1]:
+        raise ProbeError(
+            f"{where}: labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; "
+            "expected one class index per image, labels (B,) with images (B, ...)"
+        )
+    return images, labels
+
+
+def check_labels(batches: Iterable[Any], num_classes: int) -> int:
+    """Refuse a probe that cannot be counted, in one pass over its labels.
+
+    One `ProbeError` names every fault: no image, labels outside `[0, M)`, classes without image.
+
+    Args:
+        batches: The probe, best as `probe_batches` returns it.
+        num_classes: Number of logits of the model, M.
+
+    Returns:
+        The number of images.
+    """
+    labels: list[Tensor] = []
+    for batch in batches:
+        labels.append(checked_pair(batch, sum(map(len, labels)))[1].cpu())
+    check_counts(labels, num_classes, every_class=True)
+    return sum(map(len, labels))
+
+
+def check_counts(labels: list[Tensor], num_classes: int, *, every_class: bool = False) -> None:
+    """Raise one error that names every fault in the labels of a pass, given batch by batch.
+
+    Raises:
+        ProbeError: If there is no label, one outside `[0, M)`, or a class that must have one.
+    """
+    found = torch.cat([batch.long() for batch in labels]) if labels else torch.empty(0)
+    if not len(found):
+        raise ProbeError("probe is empty: it yielded no image; pass a loader over held-out data")
+    outside = ((found < 0) | (found >= num_classes)).nonzero().flatten().tolist()
+    absent = sorted(set(range(num_classes)) - set(found.tolist())) if every_class else []
+    faults = []
+    if outside:
+        offenders = [f"image {index} has {int(found[index])}" for index in outside[:LISTED]]
+        faults.append(
+            f"labels outside [0, {num_classes}), of {len(outside)} of {len(found)} images: "
+            f"{_listed(offenders, len(outside))}; the model has {num_classes} logits, so use the "
+            "class mapping that it is trained with and drop ignore labels"
+        )
+    if absent:
+        faults.append(
+            f"no image of {len(absent)} of {num_classes} classes: "
+            f"{_listed([str(label) for label in absent[:LISTED]], len(absent))}; take a held-out "
+            "split with every class, or build the model with fewer classes"
+        )
+    if faults:
+        raise ProbeError("\n".join(f"probe: {fault}" for fault in faults))
+
+
+def _listed(items: list[str], total: int) -> str:
+    more = f" and {total - len(items)} more" if total > len(items) else ""
+    return ", ".join(items) + more
+
+
+class Reservoir:
+    """Collects a `Reading`: a uniform sample, without replacement, of a stream of images.
+
+    Every image draws a key; those with the smallest keys stay, in the order of the stream. Which
+    ones stay depends on the seed and the stream, not on how it is cut into batches.
+
+    Args:
+        max_rows: Rows to keep. At least one image is kept, and always all of its rows.
+        max_images: Images to keep at most, if given.
+        seed: Of the keys.
+    """
+
+    def __init__(self, max_rows: int, max_images: int | None, seed: int) -> None:
+        self.seen = 0
+        self._max_rows = max_rows
+        self._size = max_rows if max_images is None else max_images
+        self._limit = 1.0  # images with larger keys can no longer stay
+        self._generator = torch.Generator().manual_seed(seed)
+        self._labels: list[Tensor] = []
+        self._chunks: list[list[Tensor]] = []  # keys, indices, labels, logits, rows
+
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Offer the next images: rows `(B, Q, C)`, logits `(B, M)` and labels `(B,)`.
+
+        Raises:
+            ProbeError: If Q is not what it was for the first images.
+        """
+        expected = self._chunks[0][-1].shape[1] if self._chunks else rows.shape[1]
+        if rows.shape[1] != expected:
+            raise ProbeError(
+                f"probe batch that starts at image {self.seen}: {rows.shape[1]} positions per "
+                f"image, expected {expected} as in the first batch; give all images one size"
+            )
+        self._size = max(1, min(self._size, self._max_rows // expected))
+        keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
+        indices = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
+        columns = [keys, indices, labels.to(rows.device, torch.int64), logits, rows]
+        self._chunks.append(_picked(columns, keys <= self._limit))
+        self._labels.append(labels.cpu())
+        self.seen += len(rows)
+        if sum(len(chunk[0]) for chunk in self._chunks) > self._size + self._size // 4:
+            self._prune()  # seldom, so that the copying stays linear in what enters
+
+    def _prune(self) -> None:
+        keys = torch.cat([chunk[0] for chunk in self._chunks])
+        if len(keys) > self._size:
+            self._limit = keys.kthvalue(self._size).values.item()
+            self._chunks = [_picked(chunk, chunk[0] <= self._limit) for chunk in self._chunks]
+
+    def reading(self, num_classes: int, grid: tuple[int, int]) -> Reading:
+        """Return the images that stay, if no label of any image is wrong."""
+        check_counts(self._labels, num_classes)
+        self._prune()
+        _, indices, labels, logits, rows = map(torch.cat, zip(*self._chunks, strict=True))
+        return Reading(rows, logits, labels, indices, self.seen, grid)
+
+
+def _picked(columns: list[Tensor], stays: Tensor) -> list[Tensor]:
+    if bool(stays.all()):
+        return columns
+    positions = stays.nonzero().flatten()
+    return [column[positions.to(column.device)] for column in columns]

@@ -1,0 +1,162 @@
+"""Stage 5: the record of a round, and the same record as plain text and as Markdown.
+
+Nothing here knows how a concept was found, tested or corrected, or where the text is shown.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from concept_guard.directions import Concept
+from concept_guard.flags import Flag
+
+_NOT_FLAGGED = ("vetoed", "unconfirmed")
+_HEADER = ("concept", "class", "risk difference", "q", "fixed/broken", "present", "status")
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round found, and what it did to the network.
+
+    Attributes:
+        step: Optimizer updates when the round ran.
+        concepts: Every concept of the round.
+        flags: The tested (concept, class) pairs worth showing, in the order of the guard.
+        erased: Ids of the concepts that are erased now.
+        accuracy: Share of right probe predictions.
+        worst_group_accuracy: Accuracy of the worst (class, concept present) group.
+        worst_class_recall: Recall of the worst class.
+        error_share_explained: Share of the errors that fall under a flag.
+        accuracy_if_erased: `accuracy` with every flagged concept erased; None if not measured.
+        worst_group_accuracy_if_erased: Likewise.
+        leak: Concept id to the absolute risk difference that remains while it is erased.
+        cosine_to_last: How far the filters kept their direction since the last round.
+        penalty: Value of the loss penalty, 0 while there is none.
+        errors_seen: Probe images predicted wrongly.
+        images_seen: Probe images read.
+        seconds: Duration of the round.
+        overhead: Share of the wall time that the guard has used so far.
+        verdict: One sentence: what was flagged, or why nothing could be.
+    """
+
+    step: int
+    concepts: tuple[Concept, ...]
+    flags: tuple[Flag, ...]
+    erased: tuple[int, ...]
+    accuracy: float
+    worst_group_accuracy: float
+    worst_class_recall: float
+    error_share_explained: float
+    accuracy_if_erased: float | None
+    worst_group_accuracy_if_erased: float | None
+    leak: dict[int, float]
+    cosine_to_last: float
+    penalty: float
+    errors_seen: int
+    images_seen: int
+    seconds: float
+    overhead: float
+    verdict: str
+
+    @property
+    def flagged(self) -> tuple[int, ...]:
+        """Ids of the concepts held to drive errors, strongest evidence first, each once."""
+        held = [flag for flag in self.flags if flag.status not in _NOT_FLAGGED]
+        return tuple(dict.fromkeys(flag.concept for flag in sorted(held, key=evidence)))
+
+
+def evidence(flag: Flag) -> tuple[float, float]:
+    """Return the sorting key that puts the flag with the strongest evidence first."""
+    return flag.q_value, -flag.risk_difference
+
+
+def _name(names: Sequence[str] | None, index: int) -> str:
+    return names[index] if names is not None and index < len(names) else str(index)
+
+
+def _rows(
+    report: RoundReport, class_names: Sequence[str] | None, file_names: Sequence[str] | None
+) -> list[tuple[str, ...]]:
+    """Return one row of cells per flag, in the order of the header and the evidence."""
+    return [
+        (
+            str(flag.concept),
+            _name(class_names, flag.class_index),
+            f"{flag.risk_difference:+.3f}",
+            f"{flag.q_value:.2g}",
+            f"{flag.fixed}/{flag.broken}",
+            str(flag.present),
+            flag.status,
+            ", ".join(_name(file_names, example) for example in flag.examples[:3]),
+        )
+        for flag in report.flags
+    ]
+
+
+def table(
+    report: RoundReport,
+    class_names: Sequence[str] | None = None,
+    file_names: Sequence[str] | None = None,
+) -> str:
+    """Return the flags of a round as aligned plain text, and the verdict below.
+
+    Args:
+        report: The round.
+        class_names: Shown instead of class indices.
+        file_names: Probe order; shown instead of probe indices in the column of examples.
+
+    Returns:
+        Lines without a final newline; the verdict alone if there are no flags.
+    """
+    rows = _rows(report, class_names, file_names)
+    if not rows:
+        return report.verdict
+    cells = [(*_HEADER, "examples"), *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = (0, 2, 3, 4, 5)  # columns of numbers
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join((*lines, report.verdict))
+
+
+def markdown(
+    report: RoundReport,
+    class_names: Sequence[str] | None = None,
+    file_names: Sequence[str] | None = None,
+    slots: Mapping[int, int] | None = None,
+) -> str:
+    """Return the table of a round for TensorBoard's text page.
+
+    Args:
+        report: The round.
+        class_names: Shown instead of class indices.
+        file_names: Probe order; shown instead of probe indices in the column of examples.
+        slots: Concept id to slot; adds the column that tells which tags belong to a concept.
+
+    Returns:
+        The verdict, then a Markdown table if there are flags.
+    """
+    lines = [f"**{_escaped(report.verdict)}**"]
+    rows = _rows(report, class_names, file_names)
+    if rows:
+        held = slots or {}
+        header = ("slot", *_HEADER, "examples")
+        lines += ["", _line(header), _line("---" for _ in header)]
+        for flag, row in zip(report.flags, rows, strict=True):
+            lines.append(_line((str(held.get(flag.concept, "-")), *row)))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+
+
+def _escaped(text: str) -> str:
+    for mark in "\\|*_`<":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

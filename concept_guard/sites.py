@@ -1,0 +1,357 @@
+"""Stage 1: settle where a model can be read and how the rows lie there.
+
+Nothing here knows about hooks, probes or edits: it judges what one pass over a sample showed.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from concept_guard.errors import TapError
+
+SUFFIXES = {"NCHW": 4, "NHWC": 4, "NLC": 3}  # layout -> axes of such an activation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an activation holds its rows.
+
+    Attributes:
+        name: "NC", "NCHW", "NHWC" or "NLC".
+        prefix: Tokens of NLC in front of the spatial ones, kept apart.
+    """
+
+    name: str
+    prefix: int = 0
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the `(N, Q, C)` rows of an activation, a view of it where possible."""
+        if self.name == "NCHW":
+            return x.flatten(2).transpose(1, 2)
+        if self.name == "NHWC":
+            return x.flatten(1, 2)
+        return x[:, self.prefix :] if self.name == "NLC" else x.flatten(1).unsqueeze(1)
+
+    def written(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return a new activation with these `(N, Q, C)` rows and all else as in `x`."""
+        if self.name == "NCHW":
+            new = rows.transpose(1, 2).reshape(x.shape)
+        elif self.name == "NLC":
+            new = torch.cat([x[:, : self.prefix], rows], dim=1)
+        else:
+            new = rows.reshape(x.shape)
+        alike = new.dtype == x.dtype and new.stride() == x.stride()
+        return new if alike else torch.empty_like(x).copy_(new)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place that can be tapped: the input of `module` for pre_logits, else its output."""
+
+    path: str
+    module: nn.Module
+    layout: Layout
+    channels: int
+    grid: tuple[int, int]
+    classifier: nn.Linear | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one pass over a few images showed.
+
+    Attributes:
+        model: The model, unwrapped.
+        images: `(N, ...)` the images.
+        logits: `(N, M)` what it returned.
+        outputs: For every module that ran, the shape of each tensor it returned, or the name of
+            the type if that was no tensor.
+        heads: Linear maps that ran on one row per image: module, its input, its output.
+    """
+
+    model: nn.Module
+    images: Tensor
+    logits: Tensor
+    outputs: dict[nn.Module, list[tuple[int, ...] | str]] = field(default_factory=dict)
+    heads: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
+
+
+def is_head(module: nn.Module, x: object) -> bool:
+    """Return whether the module maps `x` linearly, and `x` is one row per image."""
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        return False
+    if isinstance(module, nn.Linear):
+        return x[0].numel() == module.in_features
+    is_pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    return is_pointwise and x.shape[1:].numel() == module.in_channels
+
+
+def locate(survey: Survey, where: str) -> Site:
+    """Return the place that `where` names.
+
+    Args:
+        survey: Of the model to tap.
+        where: `pre_logits`, `stage:K` or `module:PATH`, the last two with an optional layout.
+
+    Returns:
+        Module, layout and grid.
+
+    Raises:
+        TapError: If there is no such place, or it has no rows.
+    """
+    model, logits = survey.model, survey.logits
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else _type(logits)
+        raise TapError(
+            f"{_type(model)} returns {got} in eval mode, expected logits (N, M); wrap it in a "
+            "module that returns the logits alone"
+        )
+    if where == "pre_logits":
+        return _before_classifier(survey)
+    names = dict(model.named_modules(remove_duplicate=False))
+    place, _, suffix = where.partition("@")
+    kind, _, rest = place.partition(":")
+    if kind not in ("stage", "module") or not rest or suffix not in ("", *SUFFIXES):
+        hint = f"; did you mean 'module:{place}'?" if place in names and place else ""
+        raise TapError(
+            f"tap {where!r}: expected 'pre_logits', 'stage:K' or 'module:PATH', the last two with "
+            f"an optional '@NCHW', '@NHWC' or '@NLC'{hint}"
+        )
+    path, channels = _stage(survey, where, rest) if kind == "stage" else (rest, None)
+    if path not in names:
+        near = get_close_matches(path, names, n=4) or [name for name, _ in model.named_children()]
+        raise TapError(f"tap {where!r}: no module {path!r} in {_type(model)}; nearest: {near}")
+    _refuse_compiled_around(model, path)
+    shape = _single_output(survey, where, path, names[path])
+    layout = _layout(survey, where, shape, suffix, names[path], channels)
+    width = shape[1] if layout.name == "NCHW" else shape[-1]
+    return Site(path, names[path], layout, width, positions(model, survey.images, layout, shape))
+
+
+def _refuse_compiled_around(model: nn.Module, path: str) -> None:
+    for cut in range(path.count(".") + 1):
+        ancestor = path.rsplit(".", cut)[0]
+        refuse_compiled(model.get_submodule(ancestor), ancestor)
+
+
+def refuse_compiled(module: nn.Module, path: str) -> None:
+    """Raise if hooks added to this module from now on would be ignored.
+
+    Raises:
+        TapError: If the module is compiled.
+    """
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        raise TapError(
+            f"{path or _type(module)} is compiled already, and hooks added after torch.compile "
+            "never fire; build the guard first, then compile"
+        )
+
+
+# The module path and the number of channels of timm's stage number `text`.
+def _stage(survey: Survey, where: str, text: str) -> tuple[str, int | None]:
+    info = getattr(survey.model, "feature_info", None) or []
+    stages = [dict(entry) for entry in getattr(info, "info", info)]
+    number = int(text) if text.removeprefix("-").isdecimal() else len(stages)
+    stage = stages[number] if -len(stages) <= number < len(stages) else {}
+    if stage.get("module") in dict(survey.model.named_modules()):
+        return stage["module"], stage.get("num_chs")
+    got = f"calls it {stage['module']!r}, which is no module" if stage else f"has {len(stages)}"
+    single = _single_outputs(survey)
+    usable = [f"stage:{k}" for k, entry in enumerate(stages) if entry.get("module") in single]
+    usable += [f"module:{name}" for name in single if "." not in name]
+    raise TapError(
+        f"tap {where!r}: no stage {text!r}; feature_info of {_type(survey.model)} {got}; "
+        f"usable: {usable}"
+    )
+
+
+# The shape of the one tensor that the module returns per pass.
+def _single_output(survey: Survey, where: str, path: str, module: nn.Module) -> tuple[int, ...]:
+    outputs, count = survey.outputs.get(module, []), len(survey.images)
+    if not outputs:
+        raise silence(survey, where, path)
+    shape = outputs[-1]
+    if len(outputs) > 1:
+        fault = f"runs {len(outputs)} times in a forward pass, expected once"
+    elif isinstance(shape, str):
+        fault = f"returns a {shape}, expected one tensor"
+    elif len(shape) not in (2, 3, 4) or shape[0] != count:
+        fault = f"returns shape {shape} for {count} images, expected 2 to 4 axes, images first"
+    else:
+        return shape
+    raise TapError(f"tap {where!r}: {path!r} {fault}; use {_way_out(survey, path)}")
+
+
+def silence(survey: Survey, where: str, path: str) -> TapError:
+    """Return the error for a module that no forward pass calls, with the reason if known."""
+    names = dict(survey.model.named_modules(remove_duplicate=False))
+    parent = names[path.rpartition(".")[0]]
+    advice = ""
+    if path.endswith("attn_drop") and getattr(parent, "fused_attn", False):
+        reason = "fused attention drops inside its kernel"
+        advice = ", or call timm.layers.set_fused_attn(False) before the model is created"
+    elif not [*names[path].children()]:
+        reason = "the forward pass of an eval-mode model does not use it"
+    elif any(getattr(module, "grad_checkpointing", False) for module in names.values()):
+        reason = "gradient checkpointing calls the children of a container, not the container"
+    else:
+        reason = "the model calls its children, not the container"
+    way_out = _way_out(survey, path)
+    return TapError(f"tap {where!r}: {path!r} never fires: {reason}; use {way_out}{advice}")
+
+
+def _way_out(survey: Survey, path: str) -> str:
+    """Return a tap near `path` that works: the last child that does, else an ancestor."""
+    usable = _single_outputs(survey)
+    below = [name for name in usable if name.startswith(f"{path}.")]
+    above = [name for name in usable if path.startswith(f"{name}.")]
+    top = min((name.count(".") for name in below), default=0)
+    nearest = [name for name in below if name.count(".") == top] or above
+    return f"'module:{nearest[-1]}'" if nearest else "'pre_logits'"
+
+
+def _single_outputs(survey: Survey) -> list[str]:
+    """Return the names of the modules that returned one tensor, one row or map per image."""
+    return [
+        name
+        for name, module in survey.model.named_modules()
+        if name and len(outputs := survey.outputs.get(module, [])) == 1
+        if not isinstance(outputs[0], str) and outputs[0][:1] == (len(survey.images),)
+    ]
+
+
+# The input of the last linear map whose output is the logits.
+def _before_classifier(survey: Survey) -> Site:
+    model, logits = survey.model, survey.logits
+    for module, row, output in reversed(survey.heads):
+        if _same(output.flatten(1), logits) and len(survey.outputs[module]) == 1:
+            path = next(name for name, other in model.named_modules() if other is module)
+            _refuse_compiled_around(model, path)
+            head = _plain_linear(module, row, logits)
+            return Site(path, module, Layout("NC"), row[0].numel(), (1, 1), head)
+    getter: Any = getattr(model, "get_classifier", None)
+    found: Any = getter() if getter is not None else ()
+    parts = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+    heads = " and ".join(map(_type, parts)) or "unknown"
+    raise TapError(
+        f"tap 'pre_logits': no Linear or 1x1 Conv2d of {_type(model)} computes the logits alone; "
+        f"its classifier is {heads}. Use 'stage:-1' or 'module:PATH'; a correction there cannot be "
+        "baked exactly"
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.to(b.dtype), b, 0, 0, equal_nan=True)
+
+
+def _plain_linear(module: nn.Module, row: Tensor, logits: Tensor) -> nn.Linear | None:
+    """Return the module if it is nothing but `row @ weight.T + bias` of its own parameters."""
+    if not isinstance(module, nn.Linear):
+        return None
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return None  # weight norm and other parametrisations: writing to it would be lost
+    if type(module).forward is not nn.Linear.forward and not module.weight.any():
+        return None  # a subclass whose formula cannot be told from zeros
+    with torch.no_grad(), torch.autocast(row.device.type, enabled=False):
+        alike = _same(linear(row.flatten(1), module.weight, module.bias), logits)
+    return module if alike else None
+
+
+# The layout of an activation: what the user says, or else the first clue that settles it.
+def _layout(
+    survey: Survey,
+    where: str,
+    shape: tuple[int, ...],
+    suffix: str,
+    module: nn.Module,
+    channels: int | None,
+) -> Layout:
+    if suffix and SUFFIXES[suffix] != len(shape):
+        raise TapError(f"tap {where!r}: {suffix} does not fit the output, its shape is {shape}")
+    if len(shape) == 2:
+        return Layout("NC")
+    if len(shape) == 3:
+        return Layout("NLC", _prefix(survey, where, shape, suffix, channels))
+    if suffix:
+        return Layout(suffix)
+    fits = {"NCHW": (shape[1], shape[2:]), "NHWC": (shape[3], shape[1:3])}
+    declared = getattr(survey.model, "output_fmt", None)
+    clues = (
+        {name for name, (width, _) in fits.items() if width == channels},
+        {"NCHW"} if isinstance(module, nn.Conv2d | nn.BatchNorm2d) else set(),
+        {"NHWC"} if type(module) in (nn.Linear, nn.LayerNorm) else set(),
+        {name for name, (_, grid) in fits.items() if _is_aspect(grid, survey.images)},
+        {str(getattr(declared, "value", declared))} & {*fits},
+    )
+    found = next((clue for clue in clues if len(clue) == 1), None)
+    if found is None:
+        raise TapError(
+            f"tap {where!r}: shape {shape} can be NCHW or NHWC; write '{where}@NCHW' or "
+            f"'{where}@NHWC'"
+        )
+    return Layout(next(iter(found)))
+
+
+# How many tokens come before the grid. They are counted, since the declared number may be off.
+def _prefix(
+    survey: Survey, where: str, shape: tuple[int, ...], suffix: str, channels: int | None
+) -> int:
+    tokens = shape[1]
+    declared = int(getattr(survey.model, "num_prefix_tokens", 0) or 0)
+    options = [prefix for prefix in sorted({0, declared or 1}) if prefix < tokens]
+    rows, columns = _patch_grid(survey.model, survey.images) or (0, 0)
+    fitting = [prefix for prefix in options if tokens - prefix == rows * columns]
+    fitting += [prefix for prefix in options if _aspect_grids(survey.images, tokens - prefix)]
+    fitting += [declared] if suffix and declared < tokens else []
+    if channels is not None and channels == shape[1] != shape[2]:
+        raise TapError(
+            f"tap {where!r}: shape {shape} has its {channels} channels before the tokens, expected "
+            "them last; tap a module in front of the transposition"
+        )
+    if not fitting:
+        raise TapError(
+            f"tap {where!r}: cannot tell which of {tokens} tokens form the grid, shape {shape}; "
+            f"write '{where}@NLC' to skip the {declared} prefix tokens that the model declares"
+        )
+    return fitting[0]
+
+
+def positions(
+    model: nn.Module, images: Tensor, layout: Layout, shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return the rows and columns that the Q positions of an activation form."""
+    if layout.name == "NCHW":
+        return shape[2], shape[3]
+    if layout.name == "NHWC":
+        return shape[1], shape[2]
+    tokens = shape[1] - layout.prefix if layout.name == "NLC" else 1
+    grid = _patch_grid(model, images)
+    if grid and grid[0] * grid[1] == tokens:
+        return grid
+    return [*_aspect_grids(images, tokens), (1, tokens)][0]
+
+
+def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
+    """Return the grid that timm's patch embedding makes of these images."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    height, width = (patch, patch) if isinstance(patch, int) else patch or (0, 0)
+    return (images.shape[-2] // height, images.shape[-1] // width) if height else None
+
+
+def _aspect_grids(images: Tensor, tokens: int) -> list[tuple[int, int]]:
+    """Return the grids of so many tokens whose sides are in the proportion of the images."""
+    grids = ((rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0)
+    return [grid for grid in grids if _is_aspect(grid, images)]
+
+
+def _is_aspect(grid: tuple[int, ...], images: Tensor) -> bool:
+    height, width = images.shape[-2:]
+    return abs(grid[0] * width - grid[1] * height) < max(height, width)
+
+
+def _type(value: object) -> str:
+    return type(value).__name__

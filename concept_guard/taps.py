@@ -1,0 +1,278 @@
+"""Stage 1: read rows at one place of the model, and edit them there on every forward pass.
+
+Nothing here knows what a row means: no concepts, no schedule. The only file that adds hooks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from concept_guard.errors import TapError
+from concept_guard.probe import (
+    Reading,
+    Reservoir,
+    check_labels,
+    checked_pair,
+    isolated,
+    probe_batches,
+)
+from concept_guard.sites import Layout, Survey, is_head, locate, positions, refuse_compiled, silence
+
+__all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class _Shared:
+    """What a tap, its hook, and the hooks of deep copies of the model have in common."""
+
+    def __init__(self, edit: Edit | None = None) -> None:
+        self.edit = edit
+        self.listening = False
+        self.captured: Tensor | None = None
+        self.fired = 0
+        self.reading = False  # a pass of the tap's own is under way
+        self.rows: Tensor | None = None  # what that pass read
+        self.shape: tuple[int, ...] = ()  # of the activation it was read from
+
+
+class _Hook:
+    """The one hook left on the model: a pre-hook for pre_logits, else a forward hook.
+
+    Hooks of copies of the model, such as an EMA, apply the edit but never capture or count. In a
+    deep copy they follow later changes of the edit; unpickled, they keep the one they had.
+    """
+
+    def __init__(self, layout: Layout, shared: _Shared, *, is_copy: bool = False) -> None:
+        self._layout = layout
+        self._shared = shared
+        self._is_copy = is_copy
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Tensor | None:
+        x: Tensor = output[0] if output else args[0]
+        if not self._is_copy:
+            self._note(x, training=module.training)
+        edit = self._shared.edit
+        return None if edit is None else self._layout.written(x, edit(self._layout.rows(x)))
+
+    def _note(self, x: Tensor, *, training: bool) -> None:
+        # Rows are copied: the next module may overwrite its input in place.
+        shared = self._shared
+        if shared.reading:
+            shared.rows = self._layout.rows(x).detach().to(torch.float32, copy=True)
+            shared.shape = tuple(x.shape)
+            return
+        # A compiled graph sets a flag: a counter would recompile it at every call.
+        shared.fired = 1 if torch.compiler.is_compiling() else shared.fired + 1
+        if shared.listening and training:
+            shared.captured = self._layout.rows(x).detach().to(torch.float32, copy=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(self._layout, self._shared, is_copy=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._layout, self._shared.edit)
+
+
+def _unpickled(layout: Layout, edit: Edit | None) -> _Hook:
+    return _Hook(layout, _Shared(edit), is_copy=True)
+
+
+class Tap:
+    """Reads the rows of one place of a model, and can edit them on every forward pass.
+
+    Args:
+        model: The classifier on its device, before `torch.compile`; a DDP wrapper is seen
+            through. It gains one hook and nothing else.
+        where: `pre_logits`, `stage:K` of timm's `feature_info`, or `module:PATH`; the last two
+            may end in `@NCHW`, `@NHWC` or `@NLC`.
+        sample: `(N, ...)` a few images, for one isolated pass that settles the layout.
+
+    Attributes:
+        path: Name of the module that carries the hook.
+        layout: "NC", "NCHW", "NHWC" or "NLC".
+        channels: Length of a row, C.
+        grid: Rows and columns of the positions in `sample`; nothing relies on other images
+            having the same.
+        num_prefix: Tokens in front of the spatial ones; never read, never edited.
+        num_classes: Number of logits, M.
+        classifier: The linear map with `classifier(row) == logits`, if one follows the tap.
+
+    Raises:
+        TapError: If the place does not exist, never fires, or has no rows. Nothing is attached.
+    """
+
+    def __init__(self, model: nn.Module, where: str, sample: Tensor) -> None:
+        self._model: nn.Module | None = _unwrapped(model)
+        survey = _surveyed(self._model, where, sample)
+        site = locate(survey, where)
+        self.path, self.classifier, self.channels = site.path, site.classifier, site.channels
+        self.layout, self.num_prefix = site.layout.name, site.layout.prefix
+        self.grid, self.num_classes = site.grid, survey.logits.shape[1]
+        self._where, self._layout, self._shared = where, site.layout, _Shared()
+        hook = _Hook(self._layout, self._shared)
+        with ExitStack() as stack:
+            if where == "pre_logits":
+                stack.callback(site.module.register_forward_pre_hook(hook).remove)
+            else:
+                stack.callback(site.module.register_forward_hook(hook).remove)
+            self._attached = stack.pop_all()
+
+    @property
+    def edit(self) -> Edit | None:
+        """Function of `(N, Q, C)` rows applied on every forward pass; None changes no bit.
+
+        It gets the dtype of the activation. Deep copies of the model follow it. Under
+        `torch.compile`, changing tensors inside it is free; a new function recompiles.
+        """
+        return self._shared.edit
+
+    @edit.setter
+    def edit(self, edit: Edit | None) -> None:
+        self._shared.edit = edit
+
+    @property
+    def listening(self) -> bool:
+        """Whether train-mode forward passes leave their rows in `captured`."""
+        return self._shared.listening
+
+    @listening.setter
+    def listening(self, listening: bool) -> None:
+        self._shared.listening = listening
+
+    @property
+    def captured(self) -> Tensor | None:
+        """`(B, Q, C)` float32 rows, before the edit, of the last train-mode pass listened to."""
+        return self._shared.captured
+
+    def forget(self) -> None:
+        """Drop the captured rows."""
+        self._shared.captured = None
+
+    @property
+    def fired(self) -> int:
+        """Passes through the tap since `reset_fired`, own ones excepted; 1 if they are compiled."""
+        return self._shared.fired
+
+    def reset_fired(self) -> None:
+        """Start counting passes again."""
+        self._shared.fired = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's first parameter; the CPU for a model without any."""
+        first = next(self._model.parameters(), None) if self._model is not None else None
+        return torch.device("cpu") if first is None else first.device
+
+    def read(
+        self,
+        batches: Iterable[Any],
+        *,
+        max_rows: int,
+        seed: int,
+        max_images: int | None = None,
+    ) -> Reading:
+        """Pass over the probe once, isolated, and keep a uniform sample of its images.
+
+        A `ProbeError` names all labels that are no class, once the pass is over.
+
+        Args:
+            batches: `(images, labels)` pairs; a loader is read in the order of its dataset.
+            max_rows: Rows to keep. At least one image is kept, and always all of its rows.
+            seed: Chooses the images if there are too many.
+            max_images: Images to keep at most, if given.
+
+        Returns:
+            Rows before the current edit and logits after it, on the device of the model.
+        """
+        source = batches if isinstance(batches, Iterator) else probe_batches(batches, seed)
+        reservoir, grid = Reservoir(max_rows, max_images, seed), self.grid
+        with self._own_pass(self.edit) as model:
+            for batch in source:
+                images, labels = checked_pair(batch, reservoir.seen)
+                logits, rows = self._forward(model, images)
+                if not reservoir.seen:
+                    grid = positions(model, images, self._layout, self._shared.shape)
+                reservoir.add(rows, logits, labels)
+        return reservoir.reading(self.num_classes, grid)
+
+    def logits(self, images: Tensor, edit: Edit | None) -> Tensor:
+        """Return the `(N, M)` float32 logits of an isolated pass with another edit.
+
+        Args:
+            images: `(N, ...)` images.
+            edit: Takes the place of the current edit for this pass; None for no edit.
+
+        Returns:
+            Logits on the device of the model.
+        """
+        with self._own_pass(edit) as model:
+            return self._forward(model, images)[0]
+
+    def close(self) -> None:
+        """Take the hook off the model and let go of both; calling it again does nothing."""
+        self._attached.close()
+        self._model = self.classifier = None
+        self.listening = False
+        self.forget()
+
+    @contextmanager
+    def _own_pass(self, edit: Edit | None) -> Iterator[nn.Module]:
+        if self._model is None:
+            raise TapError(f"tap {self._where!r} is closed; build a new one on the model")
+        shared, kept = self._shared, self._shared.edit
+        with isolated(self._model):
+            shared.edit, shared.reading = edit, True
+            try:
+                yield self._model
+            finally:
+                shared.edit, shared.reading, shared.rows = kept, False, None
+
+    def _forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        self._shared.rows = None
+        logits: Tensor = model(_placed(model, images))
+        rows = self._shared.rows
+        if rows is None:
+            raise silence(_surveyed(model, self._where, images[:2]), self._where, self.path)
+        return logits.float(), rows
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside distributed wrappers; refuse a compiled one."""
+    refuse_compiled(model, "")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return _unwrapped(model.module)
+    return model
+
+
+def _placed(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the images on the device and, if they are floating, in the precision of the model."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            dtype = tensor.dtype if images.is_floating_point() else images.dtype
+            return images.to(tensor.device, dtype)
+    return images
+
+
+# One isolated pass of the images: what every module returned, and which ones may be the head.
+def _surveyed(model: nn.Module, where: str, images: Tensor) -> Survey:
+    if images.ndim < 2 or not len(images):
+        raise TapError(f"tap {where!r}: sample has shape {tuple(images.shape)}, expected images")
+    outputs: dict[nn.Module, list[tuple[int, ...] | str]] = {}
+    heads: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        outputs.setdefault(module, []).append(seen)
+        if isinstance(output, Tensor) and args and is_head(module, args[0]):
+            heads.append((module, args[0].clone(), output.clone()))
+
+    with isolated(model), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(note).remove)
+        logits = model(_placed(model, images))
+    return Survey(model, images, logits, outputs, heads)
