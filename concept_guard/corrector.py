@@ -157,7 +157,11 @@ class Corrector:
         self._apply()
 
     def track(self) -> None:
-        """Re-estimate the tracked pairs from the current rows of their reference images."""
+        """Re-estimate the tracked pairs from the current rows of their reference images.
+
+        Raises:
+            ValueError: If these rows are not finite; the pairs stay as they are.
+        """
         indices, images, labels = self._reference_set()
         reading = self._tap.read(iter(_cut(images, labels)), max_rows=2**62, seed=0)
         if not bool(torch.isfinite(reading.rows).all()):
@@ -175,8 +179,7 @@ class Corrector:
     def bake(self) -> None:
         """Fold the projection into the linear map behind the tap and stop correcting.
 
-        Raises:
-            BakeError: If that cannot be exact; nothing is changed then.
+        Where that cannot be exact, a `BakeError` says why and nothing is changed.
         """
         edit = self._tap.edit
         if isinstance(edit, Projection):
@@ -260,8 +263,13 @@ class _Chain:
 
 
 def _once(candidate: Candidate) -> Tracked:
-    """Return a candidate for one evaluation of its erasure."""
-    assert candidate.pair is not None
+    """Return a candidate for one evaluation of its erasure.
+
+    Raises:
+        ValueError: If it has no pair.
+    """
+    if candidate.pair is None:
+        raise ValueError(f"concept {candidate.flag.concept} has no pair: {candidate.flag.reason}")
     return as_tracked(candidate.flag.concept, candidate.flag.class_index, candidate.pair)
 
 

@@ -129,24 +129,20 @@ class ConceptGuard:
         elif rows is None or len(rows) != len(loss):
             seen = "none" if rows is None else str(len(rows))
             problem = f"the last forward pass gave {seen} of {len(loss)} samples to the tap"
-        if problem:
+        if problem or rows is None or targets is None:
             self._warn_once(f"rebalancing cannot act: {problem}.")
             return None
-        assert rows is not None
-        assert targets is not None
         with torch.no_grad():
             return self._corrector.weights(rows, targets)
 
     def step(self) -> RoundReport | None:
         """Count one optimizer update; run a round or re-estimate tracked pairs when due.
 
-        A round that fails is skipped with a warning and training goes on.
+        A round that fails is skipped with a warning and training goes on; a tap that has not
+        fired by the first update is a `TapError`.
 
         Returns:
             The record of a round that ran, else None.
-
-        Raises:
-            TapError: If the tap has not fired by the first update.
         """
         self._check_fired()
         self.steps += 1
@@ -173,11 +169,10 @@ class ConceptGuard:
     def erase(self, ids: int | Iterable[int]) -> None:
         """Correct concepts of the last round, whatever the statistics say.
 
+        A `ValueError` names ids that are no concepts of that round, or cannot be erased.
+
         Args:
             ids: Concepts of the last report.
-
-        Raises:
-            ValueError: If an id is not a concept of the last round, or cannot be erased.
         """
         self._timed(lambda: self._erase(self._known(ids)))
         self._say("erase", ids)
@@ -202,11 +197,10 @@ class ConceptGuard:
     def veto(self, ids: int | Iterable[int]) -> None:
         """Never correct these concepts; one under correction is restored.
 
+        A `ValueError` names ids that are no concepts of the last round.
+
         Args:
             ids: Concepts of the last report.
-
-        Raises:
-            ValueError: If an id is not a concept of the last round.
         """
         wanted = self._known(ids)
         self._corrector.drop(wanted)
@@ -217,11 +211,10 @@ class ConceptGuard:
     def approve(self, ids: int | Iterable[int]) -> None:
         """Allow concepts to be corrected: those that wait at once, others when they are flagged.
 
+        A `ValueError` names ids that are no concepts of the last round.
+
         Args:
             ids: Concepts of the last report.
-
-        Raises:
-            ValueError: If an id is not a concept of the last round.
         """
         wanted = self._known(ids)
         self._corrector.vetoed -= set(wanted)
@@ -241,9 +234,7 @@ class ConceptGuard:
         """Fold the projection into the model's own weights; nothing is corrected afterwards.
 
         The logits stay the same to rounding in eval mode. Without a projection nothing changes.
-
-        Raises:
-            BakeError: If no plain linear map follows the tap; the model is left as it is.
+        Where no plain linear map follows the tap, a `BakeError` leaves the model as it is.
         """
         self._corrector.bake()
         self._log.act(self.steps, "bake")
@@ -282,11 +273,10 @@ class ConceptGuard:
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Continue from a saved state; the model's own weights are loaded separately.
 
+        A `StateError` names every way in which the state has another schema, model or tap.
+
         Args:
             saved: Result of `state_dict`; None is accepted and changes nothing.
-
-        Raises:
-            StateError: If the state has another schema or belongs to another model or tap.
         """
         if saved is None:
             return
@@ -308,7 +298,7 @@ class ConceptGuard:
         }
 
     def _round(self) -> RoundReport | None:
-        """Read, find, flag, correct, log; the guard's state changes only once all is known."""
+        """Return the record of one round; the guard's state changes only once all is known."""
         began = time.perf_counter()
         reading = self._read()
         if reading is None:
@@ -335,11 +325,11 @@ class ConceptGuard:
             seconds=time.perf_counter() - began,
             overhead=self._clock.share,
         )
-        self._write(reading, found)
+        self._write(self.report, reading, found)
         return self.report
 
     def _read(self) -> Reading | None:
-        """Read the probe; None, with a warning, if rows, logits or the loss are not finite."""
+        """Return a reading of the probe; None, with a warning, if something is not finite."""
         reading = self.tap.read(self._probe, max_rows=self.config.max_rows, seed=self.config.seed)
         wrong = [
             name
@@ -360,12 +350,11 @@ class ConceptGuard:
         )
         return None
 
-    def _write(self, reading: Reading, found: Findings) -> None:
-        assert self.report is not None
-        self._slots = assign_slots(self._slots, self.report)
+    def _write(self, report: RoundReport, reading: Reading, found: Findings) -> None:
+        self._slots = assign_slots(self._slots, report)
         if self._log.active:
             cards = reporting.cards(self.tap, self._probe, reading, found, list(self._slots))
-            self._log.write(self.report, cards, self._slots)
+            self._log.write(report, cards, self._slots)
 
     def _erase(self, ids: list[int]) -> None:
         reading = self._read()
@@ -411,7 +400,7 @@ class ConceptGuard:
         self.tap.forget()
 
     def _guarded(self, stage: Callable[[], T]) -> T | None:
-        """Run a stage; a failure costs a warning, not the training run."""
+        """Return what a stage returns; a failure costs a warning, not the training run."""
         try:
             return self._timed(stage)
         except _RECOVERABLE as error:

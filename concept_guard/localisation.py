@@ -61,6 +61,6 @@ def _covered(images: Tensor, row: int, column: int, rows: int, columns: int) -> 
 
 
 def _scaled(maps: Tensor) -> Tensor:
-    """Scale each map to a peak of 1; what lies below its mean counts as 0."""
+    """Return the maps with a peak of 1 and 0 for what lies below their mean."""
     raised = (maps - maps.mean(dim=(1, 2), keepdim=True)).clamp_min(0.0)
     return raised / raised.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)

@@ -168,7 +168,7 @@ def _identities(
     next_id: int,
     flat: Tensor,
 ) -> tuple[tuple[int, ...], dict[int, int], int]:
-    """Give every new pair an id: a tracked concept's, its own of the last round, or a new one."""
+    """Return ids: a tracked concept's, the pair's own of the last round, or new ones."""
     factors = pairs.factors(flat)
     names: dict[int, int] = {}
     if again:
@@ -197,7 +197,7 @@ def _tested(
     config: GuardConfig,
     seed: int,
 ) -> dict[int, Candidate]:
-    """Confirm the strongest associations by erasing; leave out what is already corrected."""
+    """Return the strongest associations, tested by erasing, without what is corrected already."""
     result: dict[int, Candidate] = {}
 
     for i, k in candidates(found, config.alpha, CONFIRMED_AT_MOST):
@@ -224,7 +224,7 @@ def _confirmed(
     config: GuardConfig,
     seed: int,
 ) -> Candidate:
-    """Make the flag of one (concept, class) cell of the tables and confirm it by erasing."""
+    """Return one (concept, class) cell of the tables as a flag that was tested by erasing."""
     flag = Flag(
         concept=concept,
         class_index=at[1],

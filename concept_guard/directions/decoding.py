@@ -151,7 +151,7 @@ class Search:
         return self._free(filters, biases, self.objective.warm_updates)
 
     def _free(self, filters: Tensor, biases: Tensor, updates: int) -> tuple[Tensor, Tensor, float]:
-        """Run the free step: own direction, margin and bias for every filter."""
+        """Return the result of the free step: own direction, margin and bias for every filter."""
         o = self.objective
         filters = filters.clone().requires_grad_()
         biases = biases.clone().requires_grad_()
@@ -195,7 +195,7 @@ class Search:
         return loss
 
     def _interpretability(self, factors: Tensor, filters: Tensor, *, stage: int) -> Tensor:
-        """Weigh sparsity, maximum activation, inactive classifier and margin."""
+        """Return the weighted sparsity, maximum activation, inactive and margin terms."""
         o = self.objective
         sparse = losses.sparsity(factors).mean()
         active = losses.max_activation(factors).mean()
@@ -209,7 +209,7 @@ class Search:
         )
 
     def _alignment(self, batch: Tensor, filters: Tensor, biases: Tensor, head: Head) -> Tensor:
-        """Move rows towards where all detectors are undecided; ask the head to be so too."""
+        """Return how sure the head is of rows moved to where all detectors are undecided."""
         some = batch[: min(len(batch), 1024)]
         residual = some @ filters.T - biases
         gram = filters @ filters.T

@@ -50,7 +50,7 @@ def signal_vectors(
 
 
 def _regression(x: Tensor, raw: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Regress centred rows on each factor over its gated rows: `(K, C)` slopes, `(K,)` variance."""
+    """Return `(K, C)` slopes of the rows on each gated factor, and its `(K,)` variance."""
     count = gate.sum(dim=0).clamp_min(1.0)
     mean = (gate * raw).sum(dim=0) / count
     centred = gate * (raw - mean)

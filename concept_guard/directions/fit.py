@@ -32,7 +32,9 @@ def fit_pairs(
     Filters and biases minimise sparsity, maximum activation, inactive classifier and margin
     losses (and uncertainty region alignment, if a head is given): first orthonormal on
     standardised rows, then free; the best of several random starts is kept. Signal vectors
-    follow in closed form. The same rows and seed on the same device give the same bits.
+    follow in closed form. The same rows and seed on the same device give the same bits. A
+    `ValueError` names everything that is wrong with the arguments: rows that are no finite matrix
+    with variation, a K that does not suit them.
 
     Source: arXiv 2509.23926, sections on the unsupervised learning of direction pairs.
     Departure: signal vectors are never free parameters (free ones drifted to cosine .4-.7 of the
@@ -50,9 +52,6 @@ def fit_pairs(
 
     Returns:
         K pairs, on the device of the rows.
-
-    Raises:
-        ValueError: If the rows are not a finite matrix with variation, or K does not suit them.
     """
     _check(rows, concepts, init)
     x = rows.detach().float()
@@ -89,7 +88,11 @@ def few_threads(most: int = THREADS) -> Iterator[None]:
 
 
 def _check(rows: Tensor, concepts: int, init: DirectionPairs | None) -> None:
-    """Collect everything that is wrong with the arguments before raising."""
+    """Refuse arguments that cannot be fitted.
+
+    Raises:
+        ValueError: Naming everything that is wrong with them.
+    """
     wrong = []
     if rows.ndim != 2 or not rows.is_floating_point():
         kind = f"{tuple(rows.shape)} {rows.dtype}"
