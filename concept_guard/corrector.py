@@ -3,7 +3,7 @@
 Nothing here decides which concepts drive errors.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.nn import functional
 from concept_guard import state
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts, Projection, bake_into, projection
+from concept_guard.directions import DirectionPairs
 from concept_guard.flags import Candidate, Flag
 from concept_guard.probe import Batches, Reading, images_at
-from concept_guard.rounds import Findings, as_tracked
+from concept_guard.rounds import Findings, as_tracked, candidate_of
 from concept_guard.taps import Edit, Tap
 from concept_guard.tracking import Tracked, reference_images
 
@@ -125,6 +126,35 @@ class Corrector:
         self._set([*found.tracked, *map(_begun, list(new.values())[:room])], reading)
         self.flags |= {i: c.flag for i, c in list(new.items())[:room]}
         return if_erased
+
+    def erase(
+        self, ids: Iterable[int], known: Sequence[int], pairs: DirectionPairs, reading: Reading
+    ) -> None:
+        """Correct concepts because a person says so, whatever the statistics say.
+
+        Args:
+            ids: Concepts; those under correction already are passed over.
+            known: Ids of the pairs, in order.
+            pairs: Pairs of the last round.
+            reading: A reading of the probe.
+
+        Raises:
+            ValueError: If a concept has no pair within classes; none is corrected then.
+        """
+        under_way = {t.concept for t in self.tracked}
+        tail = self.tail(reading)
+        chosen = [
+            candidate_of(i, known, pairs, reading, tail, self._config)
+            for i in ids
+            if i not in under_way
+        ]
+        hopeless = [f"concept {c.flag.concept}: {c.flag.reason}" for c in chosen if c.pair is None]
+        if hopeless:
+            raise ValueError(
+                f"cannot be erased: {'; '.join(hopeless)}. Collect a larger probe set."
+            )
+        self.add(chosen, reading)
+        self.vetoed -= set(ids)
 
     def add(self, candidates: Iterable[Candidate], reading: Reading) -> None:
         """Correct concepts on top of those under correction.

@@ -57,7 +57,7 @@ class Flag:
     present: int
     examples: tuple[int, ...]
     status: str
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +189,12 @@ def confirm(
     pair = within_class_pair(flat, flat_labels, present.flatten())
     problem = _unusable(carried[others], labels[others], sharp, pair)
     if problem or pair is None or sharp is None:
-        return Candidate(replace(flag, status="unconfirmed", reason=problem), None, present, -1.0)
+        return Candidate(replace(flag, status="unconfirmed", reason=problem), pair, present, -1.0)
+    predicted = logits.argmax(dim=1)
+    again = associate(carried[:, None], predicted, labels, logits.shape[1])
     caused = effect(logits, logits_if(pair), labels, carried, flag.class_index)
-    driven = carried & others & (logits.argmax(dim=1) == flag.class_index)
-    problem = _objection(sharp, caused)
+    driven = carried & others & (predicted == flag.class_index)
+    problem = _objection(sharp, caused, float(again.difference[0, flag.class_index]))
     flag = replace(
         flag,
         fixed=caused.fixed,
@@ -229,10 +231,10 @@ def _share_within_classes(carried: Tensor, labels: Tensor) -> float:
     return float((count * rate * (1 - rate)).sum() / count.sum()) / whole if whole else 0.0
 
 
-def _objection(sharp: Membership, caused: Effect) -> str:
+def _objection(sharp: Membership, caused: Effect, difference: float) -> str:
     """Return why the concept is not held to cause errors, or nothing."""
-    if caused.driven == 0:
-        return "it drives no error any more once presence is sharpened"
+    if difference < LEAST_DIFFERENCE:
+        return f"the risk difference is {difference:+.2f} once presence is sharpened"
     if caused.logit_change >= 0:
         return f"erasing it moves the wrong logit up ({caused.logit_change:+.2f})"
     if caused.freed < LEAST_FREED * caused.driven:

@@ -2,22 +2,22 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from concept_guard import reporting, state
+from concept_guard import measures, reporting, state
+from concept_guard.clock import Clock
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.directions import DirectionPairs, few_threads
 from concept_guard.errors import ConceptGuardError, TapError
 from concept_guard.logs import EventLog, RoundReport, assign_slots
 from concept_guard.probe import Reading, check_labels, checked_pair, probe_batches
-from concept_guard.rounds import Findings, candidate_of, look
+from concept_guard.rounds import Findings, look
 from concept_guard.taps import Tap
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class ConceptGuard:
         self._slots: dict[int, int] = {}
         self._last_loss: Tensor | None = None
         self._round_is_due = False
-        self._clock = _Clock()
+        self._clock = Clock()
         self._warned: set[str] = set()
         self._fired = False
 
@@ -112,9 +112,7 @@ class ConceptGuard:
         if not self._corrector.rebalancing:
             return loss if loss.ndim == 0 else loss.mean()
         weights = self._weights(loss, targets)
-        if weights is None:
-            return loss if loss.ndim == 0 else loss.mean()
-        return (loss * weights.to(loss.dtype)).mean()
+        return loss.mean() if weights is None else (loss * weights.to(loss.dtype)).mean()
 
     def _weights(self, loss: Tensor, targets: Tensor | None) -> Tensor | None:
         """Return the weights of the batch; None, with one warning, where they cannot be had."""
@@ -290,12 +288,8 @@ class ConceptGuard:
         self._round_is_due = saved["round_is_due"]
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "class": self._model_name,
-            "tap": self.config.tap,
-            "channels": self.tap.channels,
-            "num_classes": self.tap.num_classes,
-        }
+        shape = {"channels": self.tap.channels, "num_classes": self.tap.num_classes}
+        return {"class": self._model_name, "tap": self.config.tap, **shape}
 
     def _round(self) -> RoundReport | None:
         """Return the record of one round; the guard's state changes only once all is known."""
@@ -331,15 +325,7 @@ class ConceptGuard:
     def _read(self) -> Reading | None:
         """Return a reading of the probe; None, with a warning, if something is not finite."""
         reading = self.tap.read(self._probe, max_rows=self.config.max_rows, seed=self.config.seed)
-        wrong = [
-            name
-            for name, tensor in (
-                (f"activations at tap {self.config.tap!r}", reading.rows),
-                ("logits", reading.logits),
-                ("the training loss", self._last_loss),
-            )
-            if tensor is not None and not bool(torch.isfinite(tensor).all())
-        ]
+        wrong = measures.not_finite(reading, self._last_loss, self.config.tap)
         if not wrong:
             return reading
         warnings.warn(
@@ -360,19 +346,7 @@ class ConceptGuard:
         reading = self._read()
         if reading is None or self._pairs is None:
             return
-        corrector = self._corrector
-        wanted = [i for i in ids if i not in self.erased]
-        candidates = {}
-        for i in wanted:
-            candidates[i] = candidate_of(
-                i, self._ids, self._pairs, reading, corrector.tail(reading), self.config
-            )
-        hopeless = [i for i, c in candidates.items() if c.pair is None]
-        if hopeless:
-            reasons = "; ".join(f"concept {i}: {candidates[i].flag.reason}" for i in hopeless)
-            raise ValueError(f"cannot be erased: {reasons}. Collect a larger probe set.")
-        corrector.vetoed -= set(ids)
-        corrector.add(candidates.values(), reading)
+        self._corrector.erase(ids, self._ids, self._pairs, reading)
 
     def _known(self, ids: int | Iterable[int]) -> list[int]:
         known = set(self._ids) | set(self.erased)
@@ -419,38 +393,6 @@ class ConceptGuard:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-
-class _Clock:
-    """How much of the wall time since the first update the guard has used."""
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self._spent = 0.0
-
-    def start(self) -> None:
-        """Begin to count; later calls do nothing."""
-        if self._began is None:
-            self._began = time.perf_counter()
-
-    @property
-    def share(self) -> float:
-        """Share of the wall time, between 0 and 1."""
-        passed = 0.0 if self._began is None else time.perf_counter() - self._began
-        return min(1.0, self._spent / passed) if passed > 0 else 0.0
-
-    def affords(self, budget: float | None) -> bool:
-        """Return whether the guard may work now."""
-        return budget is None or self.share <= budget
-
-    @contextmanager
-    def spending(self) -> Iterator[None]:
-        """Count the time of the block."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent += time.perf_counter() - began
 
 
 def _listed(ids: int | Iterable[int]) -> list[int]:

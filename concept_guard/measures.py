@@ -9,8 +9,28 @@ import torch
 from torch import Tensor
 
 from concept_guard.flags import Flag
+from concept_guard.probe import Reading
 
 SMALLEST_GROUP = 5  # images; the accuracy of fewer says nothing
+
+
+def not_finite(reading: Reading, loss: Tensor | None, tap: str) -> list[str]:
+    """Return what makes a round impossible: parts that hold NaN or infinite values.
+
+    Args:
+        reading: Rows and logits of the probe.
+        loss: The last training loss, if there was one.
+        tap: Where the rows were read, for the message.
+
+    Returns:
+        Names of the parts, empty if all is finite.
+    """
+    parts = (
+        (f"activations at tap {tap!r}", reading.rows),
+        ("logits", reading.logits),
+        ("the training loss", loss),
+    )
+    return [n for n, t in parts if t is not None and not bool(torch.isfinite(t).all())]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

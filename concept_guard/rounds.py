@@ -236,7 +236,6 @@ def _confirmed(
         present=int(found.present[at]),
         examples=(),
         status="found",
-        reason="",
     )
 
     def logits_if(pair: WithinClassPair) -> Tensor:
