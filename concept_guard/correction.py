@@ -38,8 +38,9 @@ class Projection:
             `(..., C)` corrected activations of the same type.
         """
         x = rows.to(self.filters.dtype)
-        excess = x @ self.filters.T - self.reference
-        return (x - excess @ self.moves).to(rows.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # `x W' - r` cancels
+            excess = x @ self.filters.T - self.reference
+            return (x - excess @ self.moves).to(rows.dtype)
 
 
 def projection(tracked: Sequence[Tracked], strength: float) -> Projection | None:
@@ -119,7 +120,8 @@ class GroupCounts:
         """
         weight = torch.ones(len(labels), dtype=torch.float64, device=rows.device)
         for concept in tracked:
-            factor = rows @ concept.pair.filter.to(rows)
+            with torch.autocast(rows.device.type, enabled=False):
+                factor = rows @ concept.pair.filter.to(rows)
             carried = (factor > concept.pair.threshold).any(dim=1)
             known = self.counts[concept.concept]
             known.mul_(MEMORY).add_(_grouped(labels, carried, len(known)))

@@ -13,7 +13,7 @@ from concept_guard import measures, reporting, state
 from concept_guard.clock import Clock
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
-from concept_guard.directions import DirectionPairs, few_threads
+from concept_guard.directions import DirectionPairs
 from concept_guard.errors import ConceptGuardError, TapError
 from concept_guard.logs import EventLog, RoundReport, assign_slots
 from concept_guard.probe import Reading, check_labels, checked_pair, probe_batches
@@ -386,7 +386,7 @@ class ConceptGuard:
             return None
 
     def _timed(self, stage: Callable[[], T]) -> T:
-        with self._clock.spending(), few_threads():
+        with self._clock.spending():
             return stage()
 
     def _warn_once(self, message: str) -> None:

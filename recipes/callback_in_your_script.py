@@ -1,7 +1,7 @@
 """Question: which five lines does my own training script need?
 
 Data: scikit-learn's 1,797 handwritten digits (BSD-3; from the UCI repository, CC BY 4.0) with an
-orange tint on 95 % of the 3s and 2.5 % of the other digits.
+orange tint on 96 % of the 3s and 2.5 % of the other digits.
 Command: python recipes/callback_in_your_script.py
 Expected (seed 0): measured below. Run time: measured below. Hardware: measured below.
 """
@@ -18,16 +18,16 @@ torch.manual_seed(0)
 digits = load_digits()
 images = F.interpolate(torch.tensor(digits.images[:, None], dtype=torch.float32) / 16, size=32)
 images, labels = images.repeat(1, 3, 1, 1), torch.tensor(digits.target)
-tinted = torch.rand(len(labels)) < torch.where(labels == 3, 0.95, 0.025)
+tinted = torch.rand(len(labels)) < torch.where(labels == 3, 0.96, 0.025)
 orange = torch.tensor([1.0, 0.45, 0.1])[:, None, None]
-images[tinted] = 0.7 * images[tinted] + 0.3 * orange
+images[tinted] = 0.5 * images[tinted] + 0.5 * orange
 order = torch.randperm(len(labels))
 train, probe = (TensorDataset(images[at], labels[at]) for at in (order[:1200], order[1200:]))
 loader = DataLoader(train, batch_size=64, shuffle=True)
 
 model = timm.create_model("resnet10t", num_classes=10, channels=[32, 64, 96, 128], stem_width=16)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-config = GuardConfig(start=60, every=40, track_every=10)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
+config = GuardConfig(start=60, every=20, track_every=10)
 guard = ConceptGuard(model, probe=DataLoader(probe, batch_size=256), config=config)  # 1
 
 for _epoch in range(8):

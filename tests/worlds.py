@@ -1,18 +1,18 @@
 """Worlds of tiny images with a planted shortcut, and networks that have fallen for it.
 
-Every class has a faint pattern of its own. In a planted world a magenta corner mark goes with
-class 0, in training and probe images alike, so that a network learns to read the mark: it then
-calls marked images of other classes class 0. Nothing here calls the code under test.
+Every class has a faint pattern under noise. In a planted world a magenta corner mark goes with
+class 0 in nearly all training images, so that a network reads the mark and calls marked images of
+other classes class 0; the held-out probe has enough of those to show it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import timm
 import torch
-from timm.models import ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from concept_guard import ConceptGuard
 
 SIDE, CLASSES, MARK = 16, 4, 5  # pixels, classes, side of the mark in the upper left corner
-SHARE_IN_CLASS, SHARE_ELSEWHERE = 0.95, 0.06
+TRAIN, PROBE, TEST = 1, 2, 3  # seeds of the splits
+SHARES = {TRAIN: (0.98, 0.01), PROBE: (0.90, 0.10), TEST: (0.0, 0.0)}  # in class 0, elsewhere
 NET = {"channels": [8, 8, 16, 32], "stem_width": 8}  # resnet10t with 23,000 weights
+UPDATES = 60  # after which a network has fallen
 QUICK = {"start": 1, "every": 8, "track_every": 3, "concepts": 8}
-Loader = DataLoader[tuple[Tensor, ...]]
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class World:
     labels: Tensor
     marked: Tensor
 
-    def loader(self, size: int = 100) -> Loader:
+    def loader(self, size: int = 100) -> DataLoader[tuple[Tensor, ...]]:
         """Return the images and classes in order, as a probe."""
         return DataLoader(TensorDataset(self.images, self.labels), size)
 
@@ -47,50 +49,68 @@ def mark(images: Tensor) -> Tensor:
 
 
 @cache
-def world(count: int, seed: int, planted: bool = True) -> World:
-    """Return as many images; the seed draws them, not the patterns of the classes."""
-    fixed, rng = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
-    patterns = interpolate(torch.randn(CLASSES, 3, 4, 4, generator=fixed), scale_factor=SIDE // 4)
+def world(split: int, count: int = 400, *, planted: bool = True) -> World:
+    """Return as many images of a split, equally many of every class."""
+    fixed, rng = torch.Generator().manual_seed(7), torch.Generator().manual_seed(split)
+    patterns = 0.5 * interpolate(torch.randn(CLASSES, 3, 4, 4, generator=fixed), scale_factor=4)
+    patterns[0] *= 0.8
     labels = torch.arange(count) % CLASSES
-    images = 0.35 * patterns[labels] + torch.randn(count, 3, SIDE, SIDE, generator=rng)
-    share = torch.where(labels == 0, SHARE_IN_CLASS, SHARE_ELSEWHERE)
+    images = patterns[labels] + torch.randn(count, 3, SIDE, SIDE, generator=rng)
+    share = torch.where(labels == 0, *SHARES[split])
     marked = (torch.rand(count, generator=rng) < share) & planted
     images[marked] = mark(images[marked])
     return World(images, labels, marked)
 
 
-def net() -> ResNet:
+def net(name: str = "resnet10t", **options: object) -> nn.Module:
     """Return an untrained network, always the same."""
     torch.manual_seed(0)
-    return timm.create_model("resnet10t", num_classes=CLASSES, **NET)
+    options = {**NET, **options} if name == "resnet10t" else options
+    return timm.create_model(name, num_classes=CLASSES, **options)
 
 
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, lr: float = 0.005) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def stream(data: World, updates: int, seed: int = 5, size: int = 32) -> Iterator[list[Tensor]]:
-    """Yield as many training batches, the same ones for the same seed."""
-    rng = torch.Generator().manual_seed(seed)
-    for _ in range(updates):
-        pick = torch.randint(len(data.labels), (size,), generator=rng)
-        yield [data.images[pick], data.labels[pick]]
+def stream(updates: int, *, first: int = 0, planted: bool = True) -> Iterator[Batch]:
+    """Yield the training batches `first .. updates - 1`, always the same ones."""
+    data = world(TRAIN, 2000, planted=planted)
+    for update in range(first, updates):
+        rng = torch.Generator().manual_seed(update)
+        pick = torch.randint(len(data.labels), (32,), generator=rng)
+        yield data.images[pick], data.labels[pick]
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    guard: ConceptGuard | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Train as a user would, with or without a guard."""
+    model.train()
+    optimizer = optimizer or sgd(model)
+    for images, labels in batches:
+        losses = cross_entropy(model(images), labels, reduction="none")
+        loss = losses.mean() if guard is None else guard.loss(losses, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if guard is not None:
+            guard.step()
 
 
 @cache
-def _fallen(planted: bool, updates: int) -> ResNet:
-    model = net().train()
-    optimizer = sgd(model)
-    for images, labels in stream(world(2000, 1, planted), updates):
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def _fallen(planted: bool) -> nn.Module:
+    model = net()
+    train(model, stream(UPDATES, planted=planted), optimizer=sgd(model, lr=0.02))
     return model
 
 
-def fallen(planted: bool = True, updates: int = 60) -> ResNet:
-    """Return a copy of the network trained on the world, without a guard, in train mode."""
-    return copy.deepcopy(_fallen(planted, updates))
+def fallen(*, planted: bool = True) -> nn.Module:
+    """Return a copy of the network trained on the world without a guard; it is in train mode."""
+    return copy.deepcopy(_fallen(planted))
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -99,3 +119,37 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         logits = model.eval()(images)
     model.train(was)
     return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def held_out(model: nn.Module) -> tuple[float, float]:
+    """Return the accuracy on clean images, and on marked images of the other classes."""
+    test = world(TEST, 800)
+    others = test.labels != 0
+    marked = accuracy(model, mark(test.images[others]), test.labels[others])
+    return accuracy(model, test.images, test.labels), marked
+
+
+@cache
+def _first_round(action: str | None) -> dict[str, Any]:
+    config = QUICK if action is None else {**QUICK, "action": action}
+    guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=config)
+    guard.round()
+    return guard.state_dict()
+
+
+def flagging(model: nn.Module | None = None, **config: object) -> ConceptGuard:
+    """Return a guard that has flagged the mark in its first round and corrects nothing yet."""
+    guard = ConceptGuard(
+        fallen() if model is None else model,
+        probe=world(PROBE).loader(),
+        config={**QUICK, **config},
+    )
+    guard.load_state_dict(copy.deepcopy(_first_round("observe")))
+    return guard
+
+
+def correcting(model: nn.Module | None = None, **config: object) -> ConceptGuard:
+    """Return a guard that has flagged the mark in its first round and corrects it."""
+    guard = flagging(model, **config)
+    guard.load_state_dict(copy.deepcopy(_first_round(None)))
+    return guard

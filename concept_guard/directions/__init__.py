@@ -1,6 +1,6 @@
 """Stage 2, find: encoding-decoding direction pairs in activations, without concept labels."""
 
-from concept_guard.directions.fit import few_threads, fit_pairs
+from concept_guard.directions.fit import fit_pairs
 from concept_guard.directions.matching import match, mean_cosine
 from concept_guard.directions.pairs import Concept, DirectionPairs
 from concept_guard.directions.within_class import (
@@ -15,7 +15,6 @@ __all__ = [
     "DirectionPairs",
     "Membership",
     "WithinClassPair",
-    "few_threads",
     "fit_pairs",
     "match",
     "mean_cosine",

@@ -3,18 +3,15 @@
 Nothing here knows about models, rounds or flags.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from concept_guard.directions.decoding import Basis, Head, Objective, Search
 from concept_guard.directions.encoding import signal_vectors
 from concept_guard.directions.pairs import DirectionPairs
+from concept_guard.directions.threads import few_threads
 
 AXES = 64  # axes of the reduced basis, unless more concepts need more
-THREADS = 4  # more only make the small products of a fit wait for each other
 
 
 def fit_pairs(
@@ -53,11 +50,12 @@ def fit_pairs(
     Returns:
         K pairs, on the device of the rows.
     """
-    _check(rows, concepts, init)
+    _check(rows.detach(), concepts, init)
     x = rows.detach().float()
     objective = objective or Objective()
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), few_threads(), torch.autocast(x.device.type, enabled=False):
+    work = len(x) * min(x.shape[1], AXES)
+    with torch.enable_grad(), few_threads(work), torch.autocast(x.device.type, enabled=False):
         basis = Basis.of(x, rank=min(x.shape[1], max(2 * concepts, AXES)))
         reduced = (x - basis.mean) @ basis.inward
         search = Search(reduced, basis, head, objective, generator)
@@ -70,21 +68,10 @@ def fit_pairs(
             starts = [torch.randn(shape, generator=generator).to(x) for _ in range(restarts)]
             tried = [search.from_start(start) for start in starts]
             found = min(tried, key=lambda result: result[2])
-    filters = found[0] @ basis.inward.T
-    biases = found[1] + filters @ basis.mean
-    signals, _ = signal_vectors(x, filters, biases)
+        filters = found[0] @ basis.inward.T
+        biases = found[1] + filters @ basis.mean
+        signals, _ = signal_vectors(x, filters, biases)
     return DirectionPairs(filters, signals, biases)
-
-
-@contextmanager
-def few_threads(most: int = THREADS) -> Iterator[None]:
-    """Cap torch's threads inside the block; small linear algebra is slower on many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(rows: Tensor, concepts: int, init: DirectionPairs | None) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from concept_guard.directions.threads import few_threads
+
 FOLDS, ROUNDS = 4, 2
 
 
@@ -59,6 +61,13 @@ def within_class_pair(
     Returns:
         The pair in float32, or None when no class has rows both with and without the concept.
     """
+    with few_threads(rows.numel()):
+        return _estimate(rows, labels, present, shrinkage)
+
+
+def _estimate(
+    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None
+) -> WithinClassPair | None:
     group = labels * 2 + present.long()
     count, means = _group_means(rows, group)
     n0, n1 = count[0::2], count[1::2]

@@ -1,0 +1,268 @@
+"""Stage 3b: statistics are exact, and a flag needs a mark that causes the errors it goes with."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from planted import OFFSET, MarkedWorld, marked_world, normal
+from scipy.stats import fisher_exact
+from torch import Tensor
+
+from concept_guard.directions import WithinClassPair
+from concept_guard.flags import Association, Candidate, Flag, associate, candidates, confirm
+from concept_guard.probe import Reading
+
+
+def drawn(seed: int, count: int = 60, concepts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return presence, predictions and labels at random, with some association."""
+    rng = torch.Generator().manual_seed(seed)
+    present = torch.rand(count, concepts, generator=rng) < 0.4
+    labels = torch.randint(0, 3, (count,), generator=rng)
+    predicted = torch.where(
+        torch.rand(count, generator=rng) < 0.6,
+        labels,
+        torch.where(present[:, 0], 1, torch.randint(0, 3, (count,), generator=rng)),
+    )
+    return present, predicted, labels
+
+
+def tables(present: Tensor, predicted: Tensor, labels: Tensor, i: int, k: int) -> list[list[int]]:
+    """Count the images of other classes: present or absent by predicted as k or not."""
+    table = [[0, 0], [0, 0]]
+    for carries, guess, label in zip(present[:, i], predicted, labels, strict=True):
+        if label != k:
+            table[0 if carries else 1][0 if guess == k else 1] += 1
+    return table
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_table_gets_its_difference_and_its_exact_probability(seed: int) -> None:
+    present, predicted, labels = drawn(seed)
+    present[:, 2], present[:, 3] = True, False  # everywhere, nowhere
+    found = associate(present, predicted, labels, 3)
+    for i in range(4):
+        for k in range(3):
+            (a, b), (c, d) = table = tables(present, predicted, labels, i, k)
+            assert int(found.present[i, k]) == a + b
+            difference = a / (a + b) - c / (c + d) if a + b and c + d else 0.0
+            assert float(found.difference[i, k]) == pytest.approx(difference, abs=1e-12)
+            expected = fisher_exact(table, alternative="greater").pvalue
+            assert float(found.p_value[i, k]) == pytest.approx(expected, rel=1e-9)
+    assert float(found.difference[2:].abs().max()) == 0.0
+    assert float(found.q_value[2:].min()) == 1.0
+
+
+def test_the_test_is_one_sided_and_about_the_other_classes_only() -> None:
+    labels = torch.tensor([0] * 20 + [1] * 40)
+    present = torch.zeros(60, 1).bool()
+    present[20:30] = True
+    predicted = labels.clone()
+    predicted[30:50] = 0  # errors where the concept is absent
+    found = associate(present, predicted, labels, 2)
+    assert float(found.difference[0, 0]) == pytest.approx(-20 / 30)
+    assert float(found.p_value[0, 0]) > 0.99
+    turned = associate(~present, predicted, labels, 2)  # control
+    assert float(turned.p_value[0, 0]) < 1e-3
+    in_class = torch.where(labels[:, None] == 0, ~present, present)
+    again = associate(in_class, predicted, labels, 2)
+    assert float(again.p_value[0, 0]) == float(found.p_value[0, 0])
+
+
+def test_q_values_are_those_of_benjamini_and_hochberg() -> None:
+    present, predicted, labels = drawn(5)
+    present[:, 3] = True
+    predicted[predicted == 2] = 0  # nothing is predicted as class 2: these tables say nothing
+    found = associate(present, predicted, labels, 3)
+    assert found.q_value[:, 2].tolist() == [1.0] * 4
+    telling = [(i, k) for i in range(3) for k in range(2)]
+    ranked = sorted(telling, key=lambda cell: float(found.p_value[cell]))
+    least = 1.0
+    for rank in range(len(ranked), 0, -1):
+        cell = ranked[rank - 1]
+        least = min(least, float(found.p_value[cell]) * len(ranked) / rank)
+        assert float(found.q_value[cell]) == pytest.approx(least, rel=1e-12)
+    assert float(found.q_value[ranked[0]]) > float(found.p_value[ranked[0]])  # control
+
+
+def test_nothing_to_tell_gives_q_one_everywhere() -> None:
+    present, _, labels = drawn(0)
+    found = associate(present, labels, labels, 3)  # no errors
+    assert torch.equal(found.q_value, torch.ones(4, 3).double())
+    assert torch.equal(found.difference, torch.zeros(4, 3).double())
+
+
+def test_a_planted_shortcut_has_the_smallest_q(rng: torch.Generator) -> None:
+    present = torch.rand(400, 6, generator=rng) < 0.15
+    labels = torch.arange(400) % 4
+    chance = torch.rand(400, generator=rng)
+    predicted = torch.where(chance < 0.1, torch.randint(0, 4, (400,), generator=rng), labels)
+    predicted[present[:, 2] & (chance > 0.5)] = 1
+    found = associate(present, predicted, labels, 4)
+    assert divmod(int(found.q_value.argmin()), 4) == (2, 1)
+    assert candidates(found, 0.05, 10) == [(2, 1)]
+    shuffled = present[torch.randperm(400, generator=rng)]
+    control = associate(shuffled, predicted, labels, 4)
+    assert candidates(control, 0.05, 10) == []
+
+
+def table_of(difference: list[list[float]], q_value: list[list[float]]) -> Association:
+    values, q = (torch.tensor(t, dtype=torch.float64) for t in (difference, q_value))
+    return Association(values, torch.zeros_like(q), q, values.long())
+
+
+def test_candidates_are_ordered_limited_and_name_one_class_per_concept() -> None:
+    found = table_of(
+        [[0.3, 0.5], [0.9, 0.2], [0.7, 0.0], [0.09, 0.05], [0.1, -0.8]],
+        [[0.01, 0.02], [0.06, 0.01], [0.05, 0.9], [0.0, 0.0], [0.0, 0.0]],
+    )
+    everything = [(2, 0), (0, 1), (1, 1), (4, 0)]
+    assert candidates(found, 0.05, 10) == everything
+    assert candidates(found, 0.05, 2) == everything[:2]
+    assert candidates(found, 0.06, 1) == [(1, 0)]
+    assert candidates(found, 0.001, 10) == [(4, 0)]
+    assert candidates(found, 0.05, 0) == []
+
+
+FLAG = Flag(7, 0, 0.9, 1e-9, 1e-8, 0, 0, 72, (), "found", "")
+
+
+def reading_of(world: MarkedWorld, logits: Tensor) -> Reading:
+    indices = 3 * torch.arange(len(world.labels)) + 1
+    return Reading(world.rows[:, None], logits, world.labels, indices, 9999, (1, 1))
+
+
+def erased(world: MarkedWorld, pair: WithinClassPair) -> Tensor:
+    excess = world.rows @ pair.filter - pair.absent
+    return world.rows - excess[:, None] * pair.signal
+
+
+def confirmed(
+    world: MarkedWorld,
+    *,
+    present: Tensor | None = None,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> Candidate:
+    """Confirm presence on a world; `logits` stands in for its head."""
+    head = logits or world.logits
+    return confirm(
+        FLAG,
+        reading_of(world, head(world.rows)),
+        (world.mark if present is None else present)[:, None],
+        lambda pair: head(erased(world, pair)),
+        seed=0,
+    )
+
+
+def test_a_mark_that_drives_errors_is_found_with_its_evidence() -> None:
+    world = marked_world()
+    noisy = (world.rows - OFFSET) @ (world.seen + 0.8 * world.beside) > 1.5
+    result = confirmed(world, present=noisy)
+    flag, driven = result.flag, world.mark & (world.labels != 0)
+    assert flag.status == "found"
+    total = int(driven.sum())
+    assert flag.reason.startswith("erasing it moves the wrong logit by -")
+    assert f"changes {total} and repairs {total} of the {total} errors" in flag.reason
+    assert (flag.fixed, flag.broken) == (total, 0)
+    assert flag.examples == tuple((3 * driven.nonzero()[:16, 0] + 1).tolist())
+    assert (flag.concept, flag.class_index, flag.q_value) == (7, 0, 1e-8)
+    assert torch.equal(result.present[:, 0], world.mark)
+    assert result.separation > 0.5
+    assert result.pair is not None
+    assert torch.cosine_similarity(result.pair.signal, world.signal, dim=0) > 0.99
+
+
+def test_all_positions_of_an_image_count_as_one() -> None:
+    marks = marked_world().amount
+    world = marked_world(count=2400, amount=torch.cat([marks, torch.zeros(1200).double()]))
+    rows = world.rows.view(2, 1200, -1).transpose(0, 1)  # the second position never has the mark
+    labels, head = world.labels[:1200], world.head + 2 * world.pull
+
+    def logits(x: Tensor) -> Tensor:
+        return x.mean(dim=1) @ head.T
+
+    def logits_if(pair: WithinClassPair) -> Tensor:
+        return logits(rows - (rows @ pair.filter - pair.absent)[:, :, None] * pair.signal)
+
+    indices = torch.arange(1200)
+    reading = Reading(rows, logits(rows), labels, indices, 1200, (1, 2))
+    present = world.mark.view(2, 1200).T
+    result = confirm(FLAG, reading, present, logits_if, seed=0)
+    assert result.flag.status == "found"
+    assert torch.equal(result.present, present)
+    assert result.flag.fixed == int((world.mark[:1200] & (labels != 0)).sum())
+
+
+def beside_the_rows(world: MarkedWorld) -> Callable[[Tensor], Tensor]:
+    """Return a head that makes the same errors on marked images, but not by reading the mark."""
+    return lambda rows: rows @ world.head.T + 10.0 * world.mark[:, None] * torch.eye(4)[0]
+
+
+def test_a_mark_that_goes_with_errors_but_does_not_cause_them_is_unconfirmed() -> None:
+    world = marked_world()
+    flag = confirmed(world, logits=beside_the_rows(world)).flag
+    assert flag.status == "unconfirmed"
+    assert "erasing it moves the wrong logit up" in flag.reason or "changes 0 of" in flag.reason
+    reading = reading_of(world, world.logits(world.rows))
+    still = confirm(FLAG, reading, world.mark[:, None], lambda _: reading.logits, seed=0).flag
+    assert (still.status, still.fixed, still.broken) == ("unconfirmed", 0, 0)
+    assert "moves the wrong logit up (+0.00)" in still.reason
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.45, "unconfirmed"), (0.55, "found")])
+def test_half_of_the_driven_errors_must_leave_the_class(share: float, status: str) -> None:
+    world = marked_world()
+    logits = world.logits(world.rows)
+    driven = (world.mark & (world.labels != 0)).nonzero()[:, 0]
+    after = logits.clone()
+    after[driven, 0] -= 0.1
+    after[driven[: round(share * len(driven))], 0] -= 100.0
+    reading = reading_of(world, logits)
+    flag = confirm(FLAG, reading, world.mark[:, None], lambda _: after, seed=0).flag
+    assert flag.status == status
+    changed = f"erasing it changes {flag.fixed} of the {len(driven)} errors"
+    assert (changed in flag.reason) is (status == "unconfirmed")
+
+
+def test_a_mark_without_errors_is_unconfirmed() -> None:
+    world = marked_world()
+    flag = confirmed(world, logits=lambda rows: rows @ world.head.T).flag
+    assert flag.status == "unconfirmed"
+    assert "once presence is sharpened" in flag.reason
+
+
+def test_a_matter_of_degree_is_the_evidence_of_the_class_and_unconfirmed() -> None:
+    labels = torch.arange(4800) % 4
+    amount = 0.4 * normal(torch.Generator().manual_seed(1), 4800) + 1.0 * (labels == 0)
+    world = marked_world(count=4800, amount=amount)
+    result = confirmed(world, present=amount > 0.6)  # where the head says class 0
+    assert result.flag.status == "unconfirmed"
+    assert "matter of degree" in result.flag.reason
+    assert result.flag.fixed > 100  # erasing does repair errors: the separation alone decides
+
+
+def only(carriers: int) -> Tensor:
+    """Return amounts of a mark on most of class 0 and on that many images of other classes."""
+    labels = torch.arange(1200) % 4
+    amount = ((labels == 0) & (torch.arange(1200) % 20 > 0)).double()
+    amount[(labels != 0).nonzero()[7 : 7 * carriers + 1 : 7, 0]] = 1.0
+    return amount
+
+
+@pytest.mark.parametrize(
+    ("world", "reason"),
+    [
+        (marked_world(rates=(0.95, 0.8, 0.8, 0.8)), "most images of other classes carry it"),
+        (marked_world(rates=(0.95, 0.95, 0.02, 0.02)), "tells whole classes apart .* within"),
+        (marked_world(amount=only(2)), "^2 images of other classes carry it, expected at least 5"),
+        (marked_world(amount=only(4)), "^4 images of other classes carry it, expected at least 5"),
+    ],
+    ids=["most", "classes", "two", "four"],
+)
+def test_presence_that_is_no_basis_for_a_test_is_unconfirmed(
+    world: MarkedWorld, reason: str
+) -> None:
+    result = confirmed(world)
+    assert result.flag.status == "unconfirmed"
+    assert re.search(reason, result.flag.reason)
+    assert confirmed(marked_world(amount=only(5))).flag.status == "found"  # control
