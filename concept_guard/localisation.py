@@ -29,25 +29,23 @@ def location_maps(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
     Returns:
         `(n, h, w)` between 0 and 1, on the CPU; a map that is 0 throughout has no place.
     """
-    height, width = tap.grid
-    if height * width > 1:
-        factor = _factors(tap, images, direction)
-        return _scaled(factor.view(len(images), height, width))
-    whole = _factors(tap, images, direction).amax(dim=1)
+    factor = _factors(tap, images, direction)
+    if factor[0].numel() > 1:
+        return _scaled(factor)
     rows, columns = (min(CELLS, side) for side in images.shape[-2:])
     drops = torch.zeros(len(images), rows, columns)
     for row in range(rows):
         for column in range(columns):
             covered = _covered(images, row, column, rows, columns)
-            drops[:, row, column] = whole - _factors(tap, covered, direction).amax(dim=1)
-    return _scaled(functional.avg_pool2d(drops[:, None], 3, 1, 1, count_include_pad=False)[:, 0])
+            drops[:, row, column] = (factor - _factors(tap, covered, direction))[:, 0, 0]
+    return _scaled(_smoothed(drops))
 
 
 def _factors(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
-    """Return `(n, Q)` values of `x . w` on the CPU."""
+    """Return `(n, h, w)` values of `x . w` on the CPU, at the positions of these images."""
     labels = torch.zeros(len(images), dtype=torch.long)
     reading = tap.read(iter([(images, labels)]), max_rows=2**62, seed=0)
-    return (reading.rows @ direction.to(reading.rows)).cpu()
+    return (reading.rows @ direction.to(reading.rows)).view(-1, *reading.grid).cpu()
 
 
 def _covered(images: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
@@ -58,6 +56,14 @@ def _covered(images: Tensor, row: int, column: int, rows: int, columns: int) -> 
     left, right = column * width // columns, (column + 1) * width // columns
     covered[..., top:bottom, left:right] = images.mean(dim=(-2, -1), keepdim=True)
     return covered
+
+
+def _smoothed(maps: Tensor) -> Tensor:
+    """Average every cell with its neighbours, as many as there are; no peak moves."""
+    side = torch.tensor([0.25, 0.5, 0.25])
+    weight = torch.outer(side, side)[None, None]
+    cells = functional.conv2d(torch.ones_like(maps[:1, None]), weight, padding=1)
+    return (functional.conv2d(maps[:, None], weight, padding=1) / cells)[:, 0]
 
 
 def _scaled(maps: Tensor) -> Tensor:
