@@ -59,7 +59,7 @@ def _covered(images: Tensor, row: int, column: int, rows: int, columns: int) -> 
 
 
 def _smoothed(maps: Tensor) -> Tensor:
-    """Average every cell with its neighbours, as many as there are; no peak moves."""
+    """Return maps in which every cell is averaged with the neighbours it has; no peak moves."""
     side = torch.tensor([0.25, 0.5, 0.25])
     weight = torch.outer(side, side)[None, None]
     cells = functional.conv2d(torch.ones_like(maps[:1, None]), weight, padding=1)

@@ -1,60 +1,30 @@
-"""What people do: erase, restore, veto, approve, bake, copy; each is visible and undoable."""
+"""What people do: erase, restore, veto, approve, bake; each is visible and undoable."""
 
-import copy
-import io
-import pickle
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 from worlds import (
-    CLASSES,
-    NET,
     PROBE,
     QUICK,
     UPDATES,
     correcting,
     fallen,
     flagging,
-    mark,
-    net,
-    sgd,
+    logits,
     stream,
+    the_flagged,
     train,
     world,
 )
 
-from concept_guard import BakeError, ConceptGuard
-
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
-IMAGES = mark(world(PROBE).images[:64])
-
-
-def logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
-    """Return the logits in eval mode; the modes of the model stay as they are."""
-    modes = {module: module.training for module in model.modules()}
-    with torch.no_grad():
-        result: Tensor = model.eval()(images)
-    for module, mode in modes.items():
-        module.training = mode
-    return result
+from concept_guard import ConceptGuard
 
 
 def statuses(guard: ConceptGuard) -> dict[int, str]:
     assert guard.report is not None
     return {flag.concept: flag.status for flag in guard.report.flags}
-
-
-def the_flagged(guard: ConceptGuard) -> int:
-    assert guard.report is not None
-    (concept,) = guard.report.flagged
-    return concept
 
 
 def test_erasing_corrects_at_once_and_restoring_undoes_it() -> None:
@@ -199,122 +169,3 @@ def test_acts_are_logged(tmp_path: Path) -> None:
     acts = [event.tensor_proto.string_val[0].decode() for event in written]
     expected = [f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")]
     assert acts == [*expected, "bake"]
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_a_baked_checkpoint_is_an_ordinary_one_with_the_logits_of_the_hooked_model(
-    tmp_path: Path, strength: float
-) -> None:
-    model = fallen()
-    plain = logits(model)
-    guard = flagging(model, strength=strength)
-    guard.erase([the_flagged(guard), 0, 1])  # several at once
-    train(model, stream(UPDATES + 2, first=UPDATES), guard)
-    hooked = logits(model)
-    assert (hooked - plain).abs().max() > 1
-    guard.bake()
-    assert guard.erased == ()
-    torch.testing.assert_close(logits(model), hooked, rtol=0, atol=1e-4)
-    guard.close()
-    torch.testing.assert_close(logits(model), hooked, rtol=0, atol=1e-4)
-    path = tmp_path / "baked.pth.tar"
-    torch.save({"state_dict": model.state_dict()}, path)
-    loaded = timm.create_model("resnet10t", num_classes=CLASSES, checkpoint_path=str(path), **NET)
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
-
-
-def test_training_goes_on_from_a_baked_model() -> None:
-    model = fallen()
-    guard, optimizer = correcting(model), sgd(model)
-    guard.bake()
-    before = logits(model)
-    train(model, stream(UPDATES + 1, first=UPDATES), None, optimizer)
-    assert not torch.equal(logits(model), before)
-
-
-def test_baking_without_a_correction_changes_no_bit(untouched: Untouched) -> None:
-    model = fallen()
-    guard = flagging(model)
-    with untouched(model):
-        guard.bake()
-    rebalanced = correcting(model, action="rebalance")
-    with untouched(model):
-        rebalanced.bake()
-    assert rebalanced.erased == ()
-
-
-def erased_at(model: nn.Module, tap: str) -> ConceptGuard:
-    """Return a guard that has erased a concept there."""
-    config = {"tap": tap, "concepts": 4, "action": "project", "max_erased": 1}
-    guard = ConceptGuard(model, probe=world(PROBE, 120).loader(), config=config)
-    report = guard.round()
-    assert report is not None
-    for concept in report.concepts:
-        if not guard.erased and concept.presence_rate < 1:
-            guard.erase(concept.id)
-    assert guard.erased
-    return guard
-
-
-class WithoutBias(nn.Sequential):
-    """A network whose head has no bias to hold the reference level."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        super().__init__(net(), nn.Linear(CLASSES, CLASSES, bias=False))
-
-
-@pytest.mark.parametrize(
-    ("build", "tap", "found"),
-    [
-        (net, "stage:-1", "no plain linear map"),
-        (WithoutBias, "pre_logits", "a classifier without bias"),
-    ],
-)
-def test_what_cannot_be_baked_is_refused_with_the_way_out(
-    untouched: Untouched, build: Callable[[], nn.Module], tap: str, found: str
-) -> None:
-    model = build()
-    guard = erased_at(model, tap)
-    before, erased = logits(model), guard.erased
-    message = f"tap '{tap}' is followed by {found}.*Use tap: pre_logits.*keep the guard attached"
-    with untouched(model), pytest.raises(BakeError, match=message):
-        guard.bake()
-    assert guard.erased == erased  # the correction goes on
-    assert torch.equal(logits(model), before)
-
-
-def test_a_copy_keeps_the_correction_and_never_writes_into_the_guard() -> None:
-    model = fallen()
-    guard = correcting(model)
-    corrected = logits(model)
-    ema = ModelEmaV3(model, decay=0.5)
-    assert torch.equal(logits(ema.module), corrected)
-    model.train()
-    model(IMAGES[:3])
-    rows = guard.tap.captured
-    assert rows is not None
-    state, fired = guard.state_dict(), guard.tap.fired
-    ema.module.train()(IMAGES)
-    assert guard.tap.captured is rows
-    assert guard.tap.fired == fired
-    assert guard.state_dict()["steps"] == state["steps"]
-    train(model, stream(UPDATES + 3, first=UPDATES), guard)  # re-estimates the pair
-    ema.update(model)
-    assert list(ema.module.state_dict()) == list(model.state_dict())
-    ema.set(model)
-    assert torch.equal(logits(ema.module), logits(model))  # the copy follows the pair
-
-
-def test_a_saved_model_keeps_the_correction_without_the_guard() -> None:
-    model = fallen()
-    guard = correcting(model)
-    corrected = logits(model)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    pickled = pickle.dumps(copy.deepcopy(model))
-    guard.close()
-    assert not torch.equal(logits(model), corrected)  # control
-    for loaded in (torch.load(file, weights_only=False), pickle.loads(pickled)):
-        assert torch.equal(logits(loaded), corrected)

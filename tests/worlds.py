@@ -113,12 +113,18 @@ def fallen(*, planted: bool = True) -> nn.Module:
     return copy.deepcopy(_fallen(planted))
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    was = model.training
+def logits(model: nn.Module, images: Tensor | None = None) -> Tensor:
+    """Return the logits in eval mode, of marked images if none are given."""
+    modes = {module: module.training for module in model.modules()}
     with torch.no_grad():
-        logits = model.eval()(images)
-    model.train(was)
-    return float((logits.argmax(dim=1) == labels).double().mean())
+        result: Tensor = model.eval()(mark(world(PROBE).images[:64]) if images is None else images)
+    for module, mode in modes.items():
+        module.training = mode
+    return result
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float((logits(model, images).argmax(dim=1) == labels).double().mean())
 
 
 def held_out(model: nn.Module) -> tuple[float, float]:
@@ -153,3 +159,9 @@ def correcting(model: nn.Module | None = None, **config: object) -> ConceptGuard
     guard = flagging(model, **config)
     guard.load_state_dict(copy.deepcopy(_first_round(None)))
     return guard
+
+
+def the_flagged(guard: ConceptGuard) -> int:
+    assert guard.report is not None
+    (concept,) = guard.report.flagged
+    return concept
