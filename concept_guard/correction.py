@@ -130,6 +130,31 @@ class GroupCounts:
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()
 
 
+def obstacle(loss: Tensor, targets: Tensor | None, rows: Tensor | None, num_classes: int) -> str:
+    """Return why the samples of a batch cannot be weighed, or nothing.
+
+    Args:
+        loss: A scalar or `(B,)` losses.
+        targets: `(B,)` classes, if they were given.
+        rows: `(B, Q, C)` activations of the batch, if the tap has them.
+        num_classes: M.
+
+    Returns:
+        The reason with the way out.
+    """
+    if loss.ndim == 0:
+        return "guard.loss got a scalar; use a criterion with reduction='none'"
+    if targets is None:
+        return "guard.loss got no targets; call guard.loss(loss, labels)"
+    if targets.ndim != 1 or targets.is_floating_point():
+        return "targets are soft; pass class indices, as before Mixup or CutMix"
+    if rows is None or len(rows) != len(loss):
+        seen = "none" if rows is None else str(len(rows))
+        return f"the last forward pass gave {seen} of {len(loss)} samples to the tap"
+    wrong = sorted({t for t in targets.tolist() if not 0 <= t < num_classes})
+    return f"targets {wrong} are outside [0, {num_classes})" if wrong else ""
+
+
 def _grouped(labels: Tensor, carried: Tensor, num_classes: int) -> Tensor:
     group = labels.cpu() * 2 + carried.long().cpu()
     return torch.bincount(group, minlength=2 * num_classes).view(-1, 2).double()

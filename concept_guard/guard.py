@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from concept_guard import measures, reporting, state
 from concept_guard.clock import Clock
 from concept_guard.config import GuardConfig
+from concept_guard.correction import obstacle
 from concept_guard.corrector import Corrector
 from concept_guard.directions import DirectionPairs
-from concept_guard.errors import ConceptGuardError, TapError
+from concept_guard.errors import BakeError, ConceptGuardError, TapError
 from concept_guard.logs import EventLog, RoundReport, assign_slots
 from concept_guard.probe import Reading, check_labels, checked_pair, probe_batches
 from concept_guard.rounds import Findings, look
@@ -66,7 +67,7 @@ class ConceptGuard:
             check_labels([], 0)
         self.tap = Tap(model, self.config.tap, checked_pair(sample, 0)[0][:2])
         try:
-            check_labels(self._probe, self.tap.num_classes)
+            self._images = check_labels(self._probe, self.tap.num_classes)
         except BaseException:
             self.tap.close()
             raise
@@ -85,7 +86,7 @@ class ConceptGuard:
         self._round_is_due = False
         self._clock = Clock()
         self._warned: set[str] = set()
-        self._fired = False
+        self._fired = self._closed = False
 
     def loss(self, loss: Tensor, targets: Tensor | None = None) -> Tensor:
         """Turn the criterion's result into the loss to descend.
@@ -102,7 +103,8 @@ class ConceptGuard:
         Raises:
             ValueError: If the shapes of loss and targets do not belong together.
         """
-        if loss.ndim > 1 or (loss.ndim and targets is not None and len(targets) != len(loss)):
+        fits = targets is None or not loss.ndim or targets.shape[:1] == loss.shape
+        if loss.ndim > 1 or not fits:
             got = "no targets" if targets is None else f"targets {tuple(targets.shape)}"
             raise ValueError(
                 f"loss has shape {tuple(loss.shape)} with {got}; expected a scalar, or one loss "
@@ -116,17 +118,8 @@ class ConceptGuard:
 
     def _weights(self, loss: Tensor, targets: Tensor | None) -> Tensor | None:
         """Return the weights of the batch; None, with one warning, where they cannot be had."""
-        problem = ""
         rows = self.tap.captured
-        if loss.ndim == 0:
-            problem = "guard.loss got a scalar; use a criterion with reduction='none'"
-        elif targets is None:
-            problem = "guard.loss got no targets; call guard.loss(loss, labels)"
-        elif targets.ndim != 1 or targets.is_floating_point():
-            problem = "targets are soft; pass class indices, as before Mixup or CutMix"
-        elif rows is None or len(rows) != len(loss):
-            seen = "none" if rows is None else str(len(rows))
-            problem = f"the last forward pass gave {seen} of {len(loss)} samples to the tap"
+        problem = obstacle(loss, targets, rows, self.tap.num_classes)
         if problem or rows is None or targets is None:
             self._warn_once(f"rebalancing cannot act: {problem}.")
             return None
@@ -167,11 +160,18 @@ class ConceptGuard:
     def erase(self, ids: int | Iterable[int]) -> None:
         """Correct concepts of the last round, whatever the statistics say.
 
-        A `ValueError` names ids that are no concepts of that round, or cannot be erased.
+        A `ValueError` also names ids that are no concepts of that round, or cannot be erased.
 
         Args:
             ids: Concepts of the last report.
+
+        Raises:
+            ValueError: If the action is `observe`.
         """
+        if not self.config.action:
+            raise ValueError(
+                "nothing is erased under action: observe; set action to project or rebalance"
+            )
         self._timed(lambda: self._erase(self._known(ids)))
         self._say("erase", ids)
 
@@ -233,12 +233,18 @@ class ConceptGuard:
 
         The logits stay the same to rounding in eval mode. Without a projection nothing changes.
         Where no plain linear map follows the tap, a `BakeError` leaves the model as it is.
+
+        Raises:
+            BakeError: If the guard is closed.
         """
+        if self._closed:
+            raise BakeError("the guard is closed, its correction is gone; call bake before close")
         self._corrector.bake()
         self._log.act(self.steps, "bake")
 
     def close(self) -> None:
         """Take everything off the model; calling it again does nothing."""
+        self._closed = True
         self.tap.close()
         self._corrector.close()
         self._log.close()
@@ -289,6 +295,7 @@ class ConceptGuard:
 
     def _identity(self) -> dict[str, Any]:
         shape = {"channels": self.tap.channels, "num_classes": self.tap.num_classes}
+        shape["probe_images"] = self._images
         return {"class": self._model_name, "tap": self.config.tap, **shape}
 
     def _round(self) -> RoundReport | None:

@@ -1,5 +1,7 @@
 """Stage 2: pairs are found in rows without labels, the same for a seed, and bad rows are named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planted import ConceptWorld, auc, concept_world, normal
@@ -8,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from concept_guard.directions import DirectionPairs, fit_pairs, losses
-from concept_guard.directions.decoding import Basis, Objective, orthonormal
-from concept_guard.directions.threads import SMALL, few_threads
+from concept_guard.directions.decoding import Objective
 
 BRIEF = Objective(updates=(15, 15), warm_updates=10)  # for what does not depend on convergence
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.seeds) for seed in range(1, 8))]
@@ -92,13 +93,13 @@ def written_out(rows: Tensor, pairs: DirectionPairs) -> float:
 
 
 def test_the_best_of_all_restarts_is_kept(rng: torch.Generator) -> None:
-    rows = small_rows(rng)
-    reached = [written_out(rows, brief(rows, restarts=n)) for n in range(1, 6)]
-    # The first n starts of 5 restarts are those of n; rounding of factors to float32 is 1e-5.
-    assert all(
-        later <= earlier + 1e-4 for earlier, later in zip(reached, reached[1:], strict=False)
-    )
-    assert reached[-1] < reached[0] - 1e-2
+    rows, gained = small_rows(rng), 0.0
+    for seed in range(4):
+        one, two, five = (written_out(rows, brief(rows, restarts=n, seed=seed)) for n in (1, 2, 5))
+        # The first n starts of 5 restarts are those of n; rounding of factors to float32 is 1e-5.
+        assert one + 1e-4 >= two >= five - 1e-4
+        gained += one - five
+    assert gained > 0.01  # the first start is not always the best
 
 
 def test_both_steps_lower_the_objective(rng: torch.Generator) -> None:
@@ -110,6 +111,36 @@ def test_both_steps_lower_the_objective(rng: torch.Generator) -> None:
     assert reached[0] > reached[1] + 0.1 > reached[2] + 0.2
 
 
+CHANGED = {
+    "sparsity": ((9.0, 0.85), (2.6, 9.0)),
+    "inactive": ((1.0, 15.0), (5.0, 1.0)),
+    "rates": ((0.1, 0.01), (0.02, 0.1)),
+    "max_activation": (9.0, 9.0),
+    "margin": (3.0, 3.0),
+    "tau": (0.3, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_weight_acts_in_its_own_step(rng: torch.Generator, name: str) -> None:
+    rows = small_rows(rng)
+    init = brief(rows)
+
+    def first(objective: Objective) -> DirectionPairs:
+        return brief(rows, objective=replace(objective, updates=(10, 0)), restarts=1)
+
+    def free(objective: Objective) -> DirectionPairs:
+        return brief(rows, objective=objective, init=init)
+
+    base = replace(BRIEF, tau=2.4)  # each concept asked to hold .8 of the rows: none does
+    in_first, in_free = (replace(base, **{name: value}) for value in CHANGED[name])
+    assert not same(first(base), first(in_first))
+    assert not same(free(base), free(in_free))
+    if in_first != in_free:
+        assert same(first(base), first(in_free))
+        assert same(free(base), free(in_first))
+
+
 def test_a_warm_start_keeps_the_order_and_stays_close() -> None:
     world, other = concept_world(0), concept_world(1)
     rows = world.rows.float()
@@ -118,10 +149,12 @@ def test_a_warm_start_keeps_the_order_and_stays_close() -> None:
     warm = fit_pairs(drifted, concepts=6, init=cold, seed=9)
     anew = fit_pairs(drifted, concepts=6, restarts=1, seed=9)
     before, after, control = (p.factors(rows).T for p in (cold, warm, anew))
-    alike = torch.corrcoef(torch.cat([before, after]))[:6, 6:]
-    assert alike.argmax(dim=1).tolist() == list(range(6))
-    assert alike.diagonal().min() > 0.95
-    assert torch.corrcoef(torch.cat([before, control]))[:6, 6:].diagonal().min() < 0.5
+    kept, control = (
+        torch.corrcoef(torch.cat([before, other]))[:6, 6:].diagonal().mean()
+        for other in (after, control)
+    )
+    assert kept > 0.9  # eight worlds gave .94 to 1.00, and the control -.5 to .2
+    assert control < 0.5
 
 
 def test_a_warm_start_without_updates_reads_what_the_last_pairs_read(rng: torch.Generator) -> None:
@@ -215,28 +248,6 @@ def test_surroundings_change_nothing_and_are_left_as_they_were(rng: torch.Genera
     assert torch.equal(rows, copy)
 
 
-def test_small_work_runs_on_one_thread_and_gives_the_others_back_also_after_an_error() -> None:
-    def fail(work: int) -> None:
-        with few_threads(work):
-            assert torch.get_num_threads() == 1
-            raise RuntimeError("inside")
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with few_threads(SMALL):
-            assert torch.get_num_threads() == 3
-            torch.set_num_threads(6)
-            with few_threads(SMALL):
-                assert torch.get_num_threads() == 4
-            assert torch.get_num_threads() == 6
-        with pytest.raises(RuntimeError, match="inside"):
-            fail(SMALL - 1)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_two_rows_are_enough_for_finite_pairs() -> None:
     pairs = brief(torch.tensor([[0.0, 1.0, 5.0], [2.0, 1.0, 4.0]]), concepts=2)
     for tensor in (pairs.filters, pairs.signals, pairs.biases):
@@ -248,7 +259,7 @@ def test_two_rows_are_enough_for_finite_pairs() -> None:
     [
         (torch.zeros(4, 2, 2), {}, r"rows: got \(4, 2, 2\) torch.float32, expected \(P, C\) float"),
         (torch.zeros(4, 2).long(), {}, r"rows: got \(4, 2\) torch.int64, expected \(P, C\)"),
-        (torch.tensor([[1.0, 2], [torch.nan, 1], [3, torch.inf]]), {}, "rows: 2 of 3 hold NaN or"),
+        (torch.tensor([[1.0, 2], [torch.nan, torch.inf]]), {}, "rows: 1 of 2 hold NaN or infinite"),
         (torch.ones(1, 3), {}, "rows: 1 rows without any variation; collect more"),
         (torch.ones(5, 3), {}, "rows: 5 rows without any variation; collect more"),
         (torch.zeros(0, 3), {}, "rows: 0 rows without any variation; collect more"),
@@ -267,36 +278,3 @@ def test_what_cannot_be_fitted_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         brief(rows, **settings)
-
-
-def test_the_reduced_basis_standardises_and_orders_its_axes(rng: torch.Generator) -> None:
-    rows = normal(rng, 400, 7) @ normal(rng, 7, 7) * 2.0 ** torch.arange(-4, 3) + 3
-    rows[:, 2] = 1.0
-    basis = Basis.of(rows, rank=7)
-    reduced = (rows - basis.mean) @ basis.inward.double()
-    moments = reduced.T @ reduced / len(rows)
-    assert moments.shape == (6, 6)  # the constant channel is left out
-    torch.testing.assert_close(moments, moments.diagonal().diag(), rtol=0, atol=1e-4)
-    assert (moments.diagonal().diff() <= 0).all()
-    assert float(moments.trace()) == pytest.approx(6, rel=0.01)  # unit variance per live channel
-    back = basis.mean + reduced @ basis.outward.double()
-    live = torch.arange(7) != 2
-    torch.testing.assert_close(back[:, live], rows[:, live], rtol=0, atol=1e-4)
-    torch.testing.assert_close(Basis.of(rows, rank=2).inward, basis.inward[:, :2])
-
-
-@pytest.mark.parametrize(("floor", "live"), [(0.09, 3), (0.11, 2)])
-def test_channels_below_the_floor_are_dead(rng: torch.Generator, floor: float, live: int) -> None:
-    rows = normal(rng, 4000, 3)
-    rows = (rows - rows.mean(dim=0)) / rows.std(dim=0) * torch.tensor([5.0, 50.0, 20.0])
-    basis = Basis.of(rows, rank=3, floor=floor)
-    assert int((basis.inward.abs().sum(dim=1) > 0).sum()) == live
-
-
-def test_orthonormal_rows_are_the_nearest_ones(rng: torch.Generator) -> None:
-    wide = normal(rng, 3, 8)
-    left, _, right = torch.linalg.svd(wide, full_matrices=False)
-    torch.testing.assert_close(orthonormal(wide), left @ right, rtol=0, atol=1e-12)
-    tall = normal(rng, 5, 2)
-    unit = tall / tall.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(orthonormal(tall), unit)

@@ -1,6 +1,6 @@
 """A guarded run from end to end: a planted mark is flagged, unlearned and logged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,17 +26,19 @@ from worlds import (
 from concept_guard import ConceptGuard
 
 IMAGES, LABELS = world(PROBE, 40).images, world(PROBE, 40).labels
+Finetuned = tuple[nn.Module, ConceptGuard, Path]
 LONGER = 24  # updates: rounds after 1, 9 and 17, tracking in between
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ConceptGuard, Path]:
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finetuned]:
     """A network that has fallen for the mark, trained on with a guard that knows nothing of it."""
     model, folder = fallen(), tmp_path_factory.mktemp("run")
     probe = world(PROBE).loader()
     guard = ConceptGuard(model, probe=probe, config=QUICK, log_dir=folder, class_names="abcd")
     train(model, stream(UPDATES + LONGER, first=UPDATES), guard)
-    return model, guard, folder
+    yield model, guard, folder
+    guard.close()
 
 
 def test_the_planted_mark_is_flagged_with_its_images() -> None:
@@ -96,9 +98,7 @@ def test_the_same_world_without_the_mark_flags_nothing() -> None:
     assert report.verdict.startswith(f"no evidence: {report.errors_seen} errors seen on 400")
 
 
-def test_the_mark_is_unlearned_and_stays_so(
-    finetuned: tuple[nn.Module, ConceptGuard, Path],
-) -> None:
+def test_the_mark_is_unlearned_and_stays_so(finetuned: Finetuned) -> None:
     plain = fallen()
     clean_before, marked_before = held_out(plain)
     assert marked_before < 0.1  # nearly every marked image is taken for class 0
@@ -130,11 +130,8 @@ def test_a_concept_keeps_its_id_over_rounds_and_tracking() -> None:
     assert 0 < guard.report.cosine_to_last <= 1
 
 
-def test_a_guarded_run_writes_its_events_and_a_card(
-    finetuned: tuple[nn.Module, ConceptGuard, Path],
-) -> None:
-    _, guard, folder = finetuned
-    guard.close()
+def test_a_guarded_run_writes_its_events_and_a_card(finetuned: Finetuned) -> None:
+    _, _, folder = finetuned
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     scalars = {tag.removeprefix("concept_guard/") for tag in tags["scalars"]}

@@ -229,7 +229,6 @@ def test_a_model_with_other_classes_is_refused_by_name() -> None:
         ConceptGuard(model, probe=probe).load_state_dict(state)
 
 
-@pytest.mark.xfail(strict=True, reason="the probe is no part of the identity: IndexError later")
 def test_the_state_of_another_probe_is_refused() -> None:
     state = flagging().state_dict()
     guard = ConceptGuard(fallen(), probe=world(PROBE, 80).loader())

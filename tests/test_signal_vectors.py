@@ -82,6 +82,11 @@ def test_dead_concepts_give_zeros_and_leave_the_others_alone(rng: torch.Generato
     assert torch.equal(found[1:], torch.zeros(2, 6).double())
     alone, _ = signal_vectors(rows, alive, biases[:1])
     torch.testing.assert_close(found[:1], alone, rtol=1e-12, atol=1e-12)
+    rows[:, 4] = 0.1 - rows[:, 3]  # what they add up to varies by rounding only
+    blind = (torch.eye(6)[3] + torch.eye(6)[4])[None].double()
+    assert (rows @ blind.T).unique().numel() > 1
+    rounding, _ = signal_vectors(rows, blind, torch.zeros(1).double())
+    assert torch.equal(rounding, torch.zeros(1, 6).double())
     constant, _ = signal_vectors(torch.ones(10, 6).double(), filters, biases)
     assert torch.equal(constant, torch.zeros(3, 6).double())
 
@@ -137,6 +142,12 @@ def test_factors_are_read_minus_bias_and_present_where_positive(rng: torch.Gener
                 assert float(factors[n, q, k]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
                 assert bool(present[n, q, k]) is (expected > 0)
     assert pairs.factors(rows.half()).dtype == torch.float64
+    one = DirectionPairs(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([2.0]))
+    assert one.present(torch.tensor([[1.999], [2.0], [2.001]]))[:, 0].tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_selected_pairs_come_in_the_order_asked_for(rng: torch.Generator) -> None:
