@@ -10,6 +10,7 @@ from torch.nn import functional
 from concept_guard.taps import Tap
 
 CELLS = 8  # the side of the grid of grey patches that cover an image one at a time
+ROUNDING = 1e-5  # changes of a factor below this share of it say nothing
 
 
 def location_maps(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
@@ -30,15 +31,16 @@ def location_maps(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
         `(n, h, w)` between 0 and 1, on the CPU; a map that is 0 throughout has no place.
     """
     factor = _factors(tap, images, direction)
+    least = ROUNDING * float(factor.abs().max())
     if factor[0].numel() > 1:
-        return _scaled(factor)
+        return _scaled(factor, least)
     rows, columns = (min(CELLS, side) for side in images.shape[-2:])
     drops = torch.zeros(len(images), rows, columns)
     for row in range(rows):
         for column in range(columns):
             covered = _covered(images, row, column, rows, columns)
             drops[:, row, column] = (factor - _factors(tap, covered, direction))[:, 0, 0]
-    return _scaled(_smoothed(drops))
+    return _scaled(_smoothed(drops), least)
 
 
 def _factors(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def _smoothed(maps: Tensor) -> Tensor:
     return (functional.conv2d(maps[:, None], weight, padding=1) / cells)[:, 0]
 
 
-def _scaled(maps: Tensor) -> Tensor:
-    """Return the maps with a peak of 1 and 0 for what lies below their mean."""
-    raised = (maps - maps.mean(dim=(1, 2), keepdim=True)).clamp_min(0.0)
-    return raised / raised.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+def _scaled(maps: Tensor, least: float) -> Tensor:
+    """Return the maps with a peak of 1 and 0 for what lies below their mean or `least` above it."""
+    raised = maps - maps.mean(dim=(1, 2), keepdim=True)
+    raised = torch.where(raised > least, raised, 0.0)
+    return raised / raised.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)

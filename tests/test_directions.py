@@ -39,11 +39,12 @@ def hits(world: ConceptWorld, signals: Tensor, factors: Tensor) -> tuple[float, 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_planted_concepts_are_found_without_labels(seed: int) -> None:
     world = concept_world(seed)
-    pairs = fit_pairs(world.rows.float(), concepts=8, restarts=4)
+    pairs = fit_pairs(world.rows.float(), concepts=8, restarts=3)
     cosine, area = hits(world, pairs.signals, pairs.factors(world.rows))
     # Eight worlds gave .93-.97 and .97-1.00.
     assert cosine > 0.85
     assert area > 0.95
+    assert cosine > hits(world, pairs.filters, pairs.factors(world.rows))[0] + 0.1  # control
     product = (pairs.filters * pairs.signals).sum(dim=1)
     # w.s = 1 up to rounding of both to float32, which grows with their lengths.
     lengths = pairs.filters.norm(dim=1) * pairs.signals.norm(dim=1)
@@ -55,14 +56,6 @@ def test_random_directions_do_not_pass_for_planted_concepts(rng: torch.Generator
     cosine, area = hits(world, directions, world.rows @ directions.T)
     assert cosine < 0.5
     assert area < 0.95
-
-
-def test_signals_are_closer_to_the_planted_ones_than_filters_are() -> None:
-    world = concept_world(2)
-    pairs = fit_pairs(world.rows.float(), concepts=8)
-    factors = pairs.factors(world.rows)
-    by_signals, by_filters = (hits(world, d, factors)[0] for d in (pairs.signals, pairs.filters))
-    assert by_signals > by_filters + 0.1
 
 
 def test_a_seed_repeats_bit_for_bit_and_another_differs(rng: torch.Generator) -> None:
@@ -109,6 +102,26 @@ def test_both_steps_lower_the_objective(rng: torch.Generator) -> None:
         for updates in ((0, 0), (60, 0), (60, 60))
     ]
     assert reached[0] > reached[1] + 0.1 > reached[2] + 0.2
+
+
+def test_the_first_step_hands_on_what_it_reached(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, sparsity = [], losses.sparsity
+
+    def watched(factors: Tensor) -> Tensor:
+        seen.append(factors.detach())
+        return sparsity(factors)
+
+    monkeypatch.setattr(losses, "sparsity", watched)
+    rows, objective = small_rows(rng), Objective(updates=(60, 0), rates=(0.05, 0.01))
+    pairs = brief(rows, objective=objective, restarts=1)
+    first, last, handed_on = seen[0], seen[-2], seen[-1]
+    # One update at a tenth of the rate lies between; the margin has changed by then.
+    assert (handed_on - last).abs().max() < 0.1 * (last - first).abs().max()
+    torch.testing.assert_close(pairs.factors(rows), handed_on, rtol=0, atol=1e-4)
+    length = pairs.filters.double() * rows.double().std(dim=0)
+    assert length.norm(dim=1).min() > 1.2  # control: filters were scaled as well as turned
 
 
 CHANGED = {

@@ -1,5 +1,6 @@
 """Where in an image a concept is: the map points at the planted mark, whatever the tap."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -104,18 +105,38 @@ def test_a_concept_without_a_place_has_an_empty_map() -> None:
     assert not maps.any()
 
 
-def test_images_smaller_than_the_grid_are_covered_pixel_by_pixel() -> None:
+@pytest.mark.parametrize("where", ["pre_logits", "module:pool"])
+def test_a_concept_that_is_everywhere_alike_has_an_empty_map(where: str) -> None:
+    conv, pool = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2)
+    nn.init.constant_(conv.weight, 1.0)
+    nn.init.constant_(conv.bias, -1.0)  # only white pixels get through the rectifier
+    parts = {"conv": conv, "rectifier": nn.ReLU(), "pool": pool, "whole": nn.AdaptiveAvgPool2d(1)}
+    model = nn.Sequential(OrderedDict(**parts, flat=nn.Flatten(), head=nn.Linear(4, 3)))
+    board = (torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2 * 0.7 + 0.1
+    images = board.expand(2, 3, SIDE, SIDE)
+    tap = Tap(model, where, images)
+    maps = location_maps(tap, images, torch.ones(4))
+    assert maps.shape == (2, CELLS, CELLS)
+    assert not maps.any()
+    brighter = images.clone()
+    brighter[:, :, :2, :2] *= 1.01  # control: a place that is not quite like the others
+    assert (location_maps(tap, brighter, torch.ones(4))[:, 0, 0] == 1).all()
+
+
+@pytest.mark.parametrize(("top", "left", "side"), [(1, 3, 1), (0, 0, 2), (1, 0, 1)])
+def test_the_peak_is_at_the_spot_also_near_the_border(top: int, left: int, side: int) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
-    images = torch.zeros(1, 3, 3, 5)
-    images[:, :, 1, 3] = 1.0
+    images = torch.zeros(1, 3, 4, 5)  # smaller than the grid: covered pixel by pixel
+    images[:, :, top : top + side, left : left + side] = 1.0
     tap = Tap(model, "pre_logits", images)
     with torch.no_grad():
         direction = model[0].weight[:, :, 0, 0].sum(dim=1)  # what a white pixel writes
     maps = location_maps(tap, images, direction)
-    assert maps.shape == (1, 3, 5)
-    assert maps[0].argmax() == 1 * 5 + 3  # not a corner, although it has fewer neighbours
+    assert maps.shape == (1, 4, 5)
+    assert maps[0].argmax() == top * 5 + left
+    assert (maps[0] == 1).sum() == 1
 
 
 def test_images_of_another_size_have_a_map_of_their_own_size() -> None:

@@ -88,13 +88,13 @@ def test_errors_are_explained_where_a_flag_holds_and_counted_once() -> None:
     predicted = torch.tensor([1, 1, 2, 0, 1, 0, 1, 2])
     logits = torch.eye(3)[predicted]
     carried = {
-        3: torch.tensor([1, 0, 1, 1, 1, 1, 0, 0]).bool(),
+        3: torch.tensor([1, 1, 1, 1, 1, 1, 0, 0]).bool(),
         4: torch.tensor([1, 0, 0, 0, 0, 0, 1, 0]).bool(),
     }
-    # Errors: images 0, 1, 2, 5, 6. Concept 3 towards class 1 explains 0; concept 4 explains 0, 6.
+    # Errors: images 0, 1, 2, 5, 6. Concept 3 towards class 1 explains 0 and 1, concept 4 0 and 6.
     also = replace(FLAG, concept=4)
-    assert error_share_explained(logits, labels, [FLAG], carried) == pytest.approx(1 / 5)
-    assert error_share_explained(logits, labels, [FLAG, also], carried) == pytest.approx(2 / 5)
+    assert error_share_explained(logits, labels, [FLAG], carried) == pytest.approx(2 / 5)
+    assert error_share_explained(logits, labels, [FLAG, also], carried) == pytest.approx(3 / 5)
     elsewhere = replace(FLAG, class_index=2)
     assert error_share_explained(logits, labels, [elsewhere], carried) == pytest.approx(1 / 5)
     assert error_share_explained(logits, labels, [], carried) == 0.0

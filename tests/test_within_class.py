@@ -119,6 +119,7 @@ def test_the_filter_cancels_distractors_that_the_mark_does_not_write() -> None:
 
 def test_fewer_rows_than_channels_and_no_shrinkage_stay_finite(rng: torch.Generator) -> None:
     rows, labels = normal(rng, 12, 30), torch.arange(12) % 2
+    rows[:, 7] = 1.0  # the covariance is singular, and exactly so
     present = torch.arange(12) % 3 == 0
     for shrinkage in (0.0, None):
         pair = estimated(rows, labels, present, shrinkage)
@@ -189,10 +190,22 @@ def test_the_upper_tail_of_a_continuous_quantity_does_not_stand_apart() -> None:
 
 def test_valley_and_peak_are_counted_where_documented() -> None:
     # Scaled amounts of the mark in the other classes; class 0 does not count.
-    places = {0.0: 300, 1.0: 100, 0.45: 5, 0.55: 7, 0.38: 2, 0.62: 2, 0.92: 3, 1.08: 4, 1.2: 2}
+    places = {
+        0.0: 300,
+        1.0: 100,
+        0.45: 5,
+        0.55: 7,
+        0.38: 2,
+        0.62: 2,
+        0.92: 3,
+        1.08: 4,
+        1.2: 2,
+        -3.0: 10,
+    }
     other = torch.tensor([a for a, n in places.items() for _ in range(n)]).double()
-    amount = torch.cat([other, torch.tensor([0.0, 0.5, 1.0]).double().repeat(50)])
-    labels = torch.cat([1 + torch.arange(len(other)) % 3, torch.zeros(150).long()])
+    inside = torch.tensor([0.0, 0.5, 1.0, 3.0, 3.0, 3.0]).double().repeat(50)
+    amount = torch.cat([other, inside])
+    labels = torch.cat([1 + torch.arange(len(other)) % 3, torch.zeros(len(inside)).long()])
     rng = torch.Generator().manual_seed(0)
     rows = amount[:, None] * torch.tensor([4.0, 1, 0, 2, 0]) + 1e-3 * normal(rng, len(amount), 5)
     sharp = refine_membership(rows.float(), labels, amount > 0.5, 0, seed=0)
@@ -210,13 +223,15 @@ def test_separation_lies_between_minus_one_and_one() -> None:
 def test_reading_is_cross_fitted_so_that_noise_does_not_confirm_itself(
     rng: torch.Generator,
 ) -> None:
-    rows, labels = normal(rng, 160, 100).float(), torch.arange(160) % 2
-    guess = torch.rand(160, generator=rng) < 0.3
-    pair = estimated(rows, labels, guess, 0.01)
-    assert auc(rows @ pair.filter, guess) > 0.95  # control: a pair does confirm its own rows
-    sharp = refine_membership(rows, labels, guess, 0, seed=0)
-    agrees = None if sharp is None else (sharp.present == guess).float().mean()
-    assert agrees is None or agrees < 0.8
+    labels = torch.arange(100) % 2
+    for _ in range(3):
+        rows = (normal(rng, 100, 200) * torch.logspace(0, 1, 200)).float()
+        guess = torch.rand(100, generator=rng) < 0.3
+        pair = estimated(rows, labels, guess)
+        assert auc(rows @ pair.filter, guess) > 0.95  # control: a pair does confirm its own rows
+        sharp = refine_membership(rows, labels, guess, 0, seed=0)
+        # By chance .3 to .7 of the rows agree; without cross-fitting .9 and more.
+        assert sharp is None or (sharp.present == guess).float().mean() < 0.75
 
 
 @pytest.mark.parametrize(
