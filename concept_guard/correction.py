@@ -148,9 +148,13 @@ def obstacle(loss: Tensor, targets: Tensor | None, rows: Tensor | None, num_clas
         return "guard.loss got no targets; call guard.loss(loss, labels)"
     if targets.ndim != 1 or targets.is_floating_point():
         return "targets are soft; pass class indices, as before Mixup or CutMix"
+    if targets.dtype == torch.bool or targets.is_complex():
+        return f"targets are {targets.dtype}; pass class indices of an integer type"
     if rows is None or len(rows) != len(loss):
         seen = "none" if rows is None else str(len(rows))
         return f"the last forward pass gave {seen} of {len(loss)} samples to the tap"
+    if not bool(torch.isfinite(rows).all()):
+        return "activations of the batch hold NaN or infinite values; lower the learning rate"
     wrong = sorted({t for t in targets.tolist() if not 0 <= t < num_classes})
     return f"targets {wrong} are outside [0, {num_classes})" if wrong else ""
 

@@ -17,7 +17,7 @@ from concept_guard.correction import GroupCounts, Projection, bake_into, project
 from concept_guard.directions import DirectionPairs
 from concept_guard.flags import Candidate, Flag
 from concept_guard.probe import Batches, Reading, images_at
-from concept_guard.rounds import Findings, as_tracked, candidate_of
+from concept_guard.rounds import Findings, as_tracked, candidate_of, twin
 from concept_guard.taps import Edit, Tap
 from concept_guard.tracking import Tracked, reference_images
 
@@ -139,7 +139,8 @@ class Corrector:
             reading: A reading of the probe.
 
         Raises:
-            ValueError: If a concept has no pair within classes; none is corrected then.
+            ValueError: If a concept has no pair within classes, or the images of one that is
+                erased already; none is corrected then.
         """
         under_way = {t.concept for t in self.tracked}
         tail = self.tail(reading)
@@ -153,6 +154,13 @@ class Corrector:
             raise ValueError(
                 f"cannot be erased: {'; '.join(hopeless)}. Collect a larger probe set."
             )
+        carriers, twins = {t.concept: t.carriers for t in self.tracked}, []
+        for candidate in chosen:
+            if (same := twin(candidate.present, carriers)) is not None:
+                twins.append(f"concept {candidate.flag.concept} has the images of concept {same}")
+            carriers[candidate.flag.concept] = candidate.present
+        if twins:
+            raise ValueError(f"cannot be erased together: {'; '.join(twins)}. Erase one of them.")
         self.add(chosen, reading)
         self.vetoed -= set(ids)
 
@@ -209,11 +217,13 @@ class Corrector:
     def bake(self) -> None:
         """Fold the projection into the linear map behind the tap and stop correcting.
 
+        Copies of the model, whose maps it is not folded into, keep the edit in their hooks.
         Where that cannot be exact, a `BakeError` says why and nothing is changed.
         """
         edit = self._tap.edit
         if isinstance(edit, Projection):
             bake_into(self._tap.classifier, edit, self._config.tap)
+            self._tap.leave_edit_to_copies()
         self.drop([t.concept for t in self.tracked])
 
     def close(self) -> None:

@@ -167,7 +167,13 @@ def confirm(
     Departure: separation is asked for besides the causal effect. On a CIFAR-10 network with a
     planted patch, risk difference alone ranked the patch 1st to 11th of its concepts (16 and 32
     concepts), because parts of a class (a horse's shape on a deer) pull as hard and are repaired
-    by erasing as often; separation told them apart (planted .45, all others at most .15).
+    by erasing as often; separation told them apart (planted .45, all others at most .15). Over
+    snapshots of four CIFAR-10 trainings, six on digits (with and without a shortcut) and small
+    synthetic worlds it kept the planted mark in 79 of 88 rounds that get this far, and 2 of 254
+    other cells. It cannot help where classes overlap in one simple feature and the network has
+    pulled its errors into the wrong class's cluster: on images of four overlapping colours,
+    without any shortcut, it kept 36 of 97 cells. Asking for significance at .05 besides left 7,
+    at the price of a third of the planted marks.
 
     Args:
         flag: Statistics so far, status `found`.
@@ -211,8 +217,10 @@ def _unusable(
 ) -> str:
     """Return why presence, in the images of other classes, is no basis for a test, or nothing."""
     carriers = int(carried.sum())
-    if sharp is None or carriers < LEAST_CARRIERS:
+    if carriers < LEAST_CARRIERS:
         return f"{carriers} images of other classes carry it, expected at least {LEAST_CARRIERS}"
+    if sharp is None:
+        return "its presence cannot be told from its absence once the class is held fixed"
     if 2 * carriers > len(carried):
         return "most images of other classes carry it: not a mark, but the absence of one"
     if pair is None:

@@ -15,14 +15,14 @@ from concept_guard.config import GuardConfig
 from concept_guard.correction import obstacle
 from concept_guard.corrector import Corrector
 from concept_guard.directions import DirectionPairs
-from concept_guard.errors import BakeError, ConceptGuardError, TapError
+from concept_guard.errors import BakeError, TapError
+from concept_guard.ids import known, listed
 from concept_guard.logs import EventLog, RoundReport, assign_slots
 from concept_guard.probe import Reading, check_labels, checked_pair, probe_batches
 from concept_guard.rounds import Findings, look
 from concept_guard.taps import Tap
 
 T = TypeVar("T")
-_RECOVERABLE = (ConceptGuardError, OSError, RuntimeError, ValueError)
 
 
 class ConceptGuard:
@@ -179,15 +179,9 @@ class ConceptGuard:
         """Stop correcting concepts; they stay vetoed until they are erased or approved again.
 
         Args:
-            ids: Concepts under correction.
-
-        Raises:
-            ValueError: If a concept is not under correction.
+            ids: Concepts under correction; a `ValueError` names others.
         """
-        wanted = _listed(ids)
-        wrong = sorted(set(wanted) - set(self.erased))
-        if wrong:
-            raise ValueError(f"concepts {wrong} are not erased; erased are {list(self.erased)}")
+        wanted = known(ids, self.erased, "among those under correction")
         self._corrector.drop(wanted)
         self._corrector.vetoed |= set(wanted)
         self._say("restore", ids)
@@ -356,20 +350,19 @@ class ConceptGuard:
         self._corrector.erase(ids, self._ids, self._pairs, reading)
 
     def _known(self, ids: int | Iterable[int]) -> list[int]:
-        known = set(self._ids) | set(self.erased)
-        wanted = _listed(ids)
-        wrong = sorted(set(wanted) - known)
-        if wrong:
-            raise ValueError(
-                f"concepts {wrong} are not of the last round, which had {sorted(known)}; "
-                "see guard.report.concepts"
-            )
-        return wanted
+        there = {*self._ids, *self.erased}
+        return known(ids, there, "among those of the last round (guard.report.concepts)")
 
     def _say(self, act: str, ids: int | Iterable[int]) -> None:
-        self._log.act(self.steps, f"{act} {', '.join(map(str, _listed(ids)))}")
+        self._log.act(self.steps, f"{act} {', '.join(map(str, listed(ids)))}")
 
     def _check_fired(self) -> None:
+        if self._fired and not self.tap.fired:
+            self._warn_once(
+                f"tap {self.config.tap!r} ({self.tap.path}) has stopped firing: nothing is "
+                "corrected. Was a part of the model replaced, or another model trained? Close the "
+                "guard and build a new one."
+            )
         if not self._fired and not self.tap.fired:
             raise TapError(
                 f"tap {self.config.tap!r} ({self.tap.path}) has not fired before the first "
@@ -384,7 +377,7 @@ class ConceptGuard:
         """Return what a stage returns; a failure costs a warning, not the training run."""
         try:
             return self._timed(stage)
-        except _RECOVERABLE as error:
+        except Exception as error:  # whatever it is, it must not end the user's training
             warnings.warn(
                 f"the guard's work at step {self.steps} is skipped: {type(error).__name__}: "
                 f"{error}. The guard keeps its last state and training goes on.",
@@ -400,7 +393,3 @@ class ConceptGuard:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-
-def _listed(ids: int | Iterable[int]) -> list[int]:
-    return [ids] if isinstance(ids, int) else list(dict.fromkeys(ids))

@@ -3,7 +3,7 @@
 Nothing here changes the model, keeps state or writes logs: the guard decides what to do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,9 +205,9 @@ def _tested(
             continue
         candidate = _confirmed(reading, present, found, (i, k), ids[i], tail, config, seed)
         known = {**erased_now, **{c: r.present for c, r in result.items()}}
-        twin = _twin(candidate.present, known)
-        if candidate.flag.status == "found" and twin is not None:
-            reason = f"its images are those of concept {twin}"
+        same = twin(candidate.present, known)
+        if candidate.flag.status == "found" and same is not None:
+            reason = f"its images are those of concept {same}"
             flag = replace(candidate.flag, status="unconfirmed", reason=reason)
             candidate = replace(candidate, flag=flag)
         result[ids[i]] = candidate
@@ -304,8 +304,16 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return covariance / spread if spread else 0.0
 
 
-def _twin(present: Tensor, known: dict[int, Tensor]) -> int | None:
-    """Return the concept that has nearly the same images, if there is one."""
+def twin(present: Tensor, known: Mapping[int, Tensor]) -> int | None:
+    """Return the concept that has nearly the same images, if there is one.
+
+    Args:
+        present: `(N, Q)` bool, which rows carry a concept.
+        known: Concept id to the same of other concepts.
+
+    Returns:
+        Its id or None.
+    """
     alike = (i for i, other in known.items() if correlation(present, other) >= SAME_IMAGES)
     return next(alike, None)
 

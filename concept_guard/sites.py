@@ -239,7 +239,7 @@ def _before_classifier(survey: Survey) -> Site:
     heads = " and ".join(map(_type, parts)) or "unknown"
     raise TapError(
         f"tap 'pre_logits': no Linear or 1x1 Conv2d of {_type(model)} computes the logits alone; "
-        f"its classifier is {heads}. Use 'stage:-1' or 'module:PATH'; a correction there cannot be "
+        f"its classifier is {heads}. Use 'stage:-2' or 'module:PATH'; a correction there cannot be "
         "baked exactly"
     )
 

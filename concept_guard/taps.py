@@ -44,24 +44,25 @@ class _Hook:
     """The one hook left on the model: a pre-hook for pre_logits, else a forward hook.
 
     Hooks of copies of the model, such as an EMA, apply the edit but never capture or count. In a
-    deep copy they follow later changes of the edit; unpickled, they keep the one they had.
+    deep copy they follow later changes of the edit, until it is left to them; unpickled, they
+    keep the one they had.
     """
 
     def __init__(self, layout: Layout, shared: _Shared, *, is_copy: bool = False) -> None:
         self._layout = layout
-        self._shared = shared
+        self.shared = shared
         self._is_copy = is_copy
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Tensor | None:
         x: Tensor = output[0] if output else args[0]
         if not self._is_copy:
             self._note(x, training=module.training)
-        edit = self._shared.edit
+        edit = self.shared.edit
         return None if edit is None else self._layout.written(x, edit(self._layout.rows(x)))
 
     def _note(self, x: Tensor, *, training: bool) -> None:
         # Rows are copied: the next module may overwrite its input in place.
-        shared = self._shared
+        shared = self.shared
         if shared.reading:
             shared.rows = self._layout.rows(x).detach().to(torch.float32, copy=True)
             shared.shape = tuple(x.shape)
@@ -72,10 +73,10 @@ class _Hook:
             shared.captured = self._layout.rows(x).detach().to(torch.float32, copy=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(self._layout, self._shared, is_copy=True)
+        return _Hook(self._layout, self.shared, is_copy=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._layout, self._shared.edit)
+        return _unpickled, (self._layout, self.shared.edit)
 
 
 def _unpickled(layout: Layout, edit: Edit | None) -> _Hook:
@@ -100,27 +101,62 @@ class Tap:
             having the same.
         num_prefix: Tokens in front of the spatial ones; never read, never edited.
         num_classes: Number of logits, M.
-        classifier: The linear map with `classifier(row) == logits`, if one follows the tap.
 
     Raises:
-        TapError: If the place does not exist, never fires, or has no rows. Nothing is attached.
+        TapError: If the place does not exist, never fires, has no rows, or nothing of it reaches
+            the logits. Nothing is attached.
     """
 
     def __init__(self, model: nn.Module, where: str, sample: Tensor) -> None:
         self._model: nn.Module | None = _unwrapped(model)
         survey = _surveyed(self._model, where, sample)
         site = locate(survey, where)
-        self.path, self.classifier, self.channels = site.path, site.classifier, site.channels
+        self.path, self._classifier, self.channels = site.path, site.classifier, site.channels
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
         self._where, self._layout, self._shared = where, site.layout, _Shared()
-        hook = _Hook(self._layout, self._shared)
+        self._hook = _Hook(self._layout, self._shared)
         with ExitStack() as stack:
             if where == "pre_logits":
-                stack.callback(site.module.register_forward_pre_hook(hook).remove)
+                stack.callback(site.module.register_forward_pre_hook(self._hook).remove)
             else:
-                stack.callback(site.module.register_forward_hook(hook).remove)
+                stack.callback(site.module.register_forward_hook(self._hook).remove)
+                self._refuse_without_effect(sample)
             self._attached = stack.pop_all()
+
+    def _refuse_without_effect(self, sample: Tensor) -> None:
+        """Refuse a place whose rows the logits do not depend on, such as tokens left unread.
+
+        Raises:
+            TapError: If changing the images changes the logits, and changing the rows does not.
+        """
+        push = torch.randn(self.channels, generator=torch.Generator().manual_seed(0))
+
+        def pushed(rows: Tensor) -> Tensor:
+            return rows + push.to(rows) * (1.0 + rows.abs().amax())
+
+        plain, mirrored = self.logits(sample, None), self.logits(sample.flip(-1), None)
+        if torch.equal(plain, self.logits(sample, pushed)) and not torch.equal(plain, mirrored):
+            raise TapError(
+                f"tap {self._where!r} ({self.path}): changing its rows changes no logit, expected "
+                "a place that the logits depend on (a classifier that reads the class token alone "
+                "leaves the last block's other tokens unread); tap an earlier one or 'pre_logits'"
+            )
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear map with `classifier(row) == logits`, if one follows the tap.
+
+        Raises:
+            TapError: If the model has another one by now.
+        """
+        head = self._classifier
+        if head is None or self._model is None or head in self._model.modules():
+            return head
+        raise TapError(
+            f"the classifier behind tap {self._where!r} is no longer part of the model, expected "
+            "the one that was there when the guard was built; close the guard and build a new one"
+        )
 
     @property
     def edit(self) -> Edit | None:
@@ -134,6 +170,12 @@ class Tap:
     @edit.setter
     def edit(self, edit: Edit | None) -> None:
         self._shared.edit = edit
+
+    def leave_edit_to_copies(self) -> None:
+        """Drop the edit here; deep copies of the model keep it and no longer follow."""
+        self._shared, left = _Shared(), self._shared
+        self._shared.listening, self._shared.fired = left.listening, left.fired
+        self._hook.shared = self._shared
 
     @property
     def listening(self) -> bool:
@@ -216,7 +258,7 @@ class Tap:
     def close(self) -> None:
         """Take the hook off the model and let go of both; calling it again does nothing."""
         self._attached.close()
-        self._model = self.classifier = None
+        self._model = self._classifier = None
         self.listening = False
         self.forget()
 

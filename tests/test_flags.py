@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,3 +267,12 @@ def test_presence_that_is_no_basis_for_a_test_is_unconfirmed(
     assert result.flag.status == "unconfirmed"
     assert re.search(reason, result.flag.reason)
     assert confirmed(marked_world(amount=only(5))).flag.status == "found"  # control
+
+
+def test_presence_that_cannot_be_sharpened_is_not_called_rare() -> None:
+    world = marked_world(rates=(0.0, 0.3, 0.3, 0.3))
+    same = torch.zeros_like(world.rows)
+    reading = replace(reading_of(world, world.logits(world.rows)), rows=same[:, None])
+    result = confirm(FLAG, reading, world.mark[:, None], lambda _: reading.logits, seed=0)
+    assert result.flag.status == "unconfirmed"
+    assert result.flag.reason.startswith("its presence cannot be told from its absence once")

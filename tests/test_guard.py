@@ -241,6 +241,7 @@ CANNOT: dict[str, tuple[bool, Tensor | None, str]] = {
     "scalar": (True, LABELS[:8], "got a scalar; use a criterion with reduction='none'"),
     "no targets": (False, None, r"got no targets; call guard.loss\(loss, labels\)"),
     "soft": (False, torch.eye(CLASSES)[LABELS[:8]], "targets are soft; pass class indices"),
+    "bool": (False, LABELS[:8] > 0, "targets are torch.bool; pass class indices of an integer"),
     "other batch": (False, LABELS[:8], "the last forward pass gave 6 of 8 samples to the tap"),
     "no pass": (False, LABELS[:8], "the last forward pass gave none of 8 samples to the tap"),
 }

@@ -1,7 +1,11 @@
 """What people do: erase, restore, veto, approve, bake; each is visible and undoable."""
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,17 +131,55 @@ def test_unknown_ids_are_named_with_the_known_ones(act: str) -> None:
     guard = flagging()
     known = ", ".join(map(str, range(QUICK["concepts"])))
     message = (
-        rf"concepts \[77, 78\] are not of the last round, which had \[{known}\]; see guard.rep"
+        r"concepts \[77, 78\] are not among those of the last round \(guard.report.concepts\), "
+        rf"which are \[{known}\]"
     )
     with pytest.raises(ValueError, match=message):
         getattr(guard, act)([0, 78, 77])
     assert guard.erased == ()
 
 
+@pytest.mark.parametrize("act", ["erase", "restore", "veto", "approve"])
+@pytest.mark.parametrize("ids", [True, 1.0, "7", [0, None]], ids=str)
+def test_ids_that_are_no_whole_numbers_are_refused(act: str, ids: Any) -> None:
+    guard = correcting()
+    kept = guard.erased
+    with pytest.raises(TypeError, match="concept ids: got .*expected whole numbers, as in guard"):
+        getattr(guard, act)(ids)
+    assert guard.erased == kept
+
+
+def test_ids_may_be_numpy_integers() -> None:
+    guard = flagging()
+    guard.erase(np.int64(the_flagged(guard)))
+    assert guard.erased == (the_flagged(guard),)
+    assert type(guard.erased[0]) is int
+
+
+def test_two_concepts_with_the_same_images_are_not_erased_together() -> None:
+    guard = flagging()
+    first = the_flagged(guard)
+    states = guard.state_dict()
+    other = next(i for i in states["ids"] if i != first)
+    at, to = (states["ids"].index(i) for i in (first, other))
+    for tensor in states["pairs"].values():
+        tensor[to] = tensor[at]
+    guard.load_state_dict(states)
+    message = rf"erased together: concept {other} has the images of concept {first}\. Erase one"
+    with pytest.raises(ValueError, match=message):
+        guard.erase([first, other])
+    assert guard.erased == ()
+    guard.erase(first)
+    with pytest.raises(ValueError, match=message):
+        guard.erase(other)
+    assert guard.erased == (first,)
+
+
 def test_restoring_what_is_not_erased_names_what_is() -> None:
     guard = correcting()
     (concept,) = guard.erased
-    with pytest.raises(ValueError, match=rf"\[77\] are not erased; erased are \[{concept}\]"):
+    message = rf"\[77\] are not among .* correction, which are \[{concept}\]"
+    with pytest.raises(ValueError, match=message):
         guard.restore([concept, 77])
     assert guard.erased == (concept,)
 
@@ -169,3 +211,25 @@ def test_acts_are_logged(tmp_path: Path) -> None:
     acts = [event.tensor_proto.string_val[0].decode() for event in written]
     expected = [f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")]
     assert acts == [*expected, "bake"]
+
+
+@pytest.mark.parametrize(("action", "kept"), [("project", False), ("rebalance", True)])
+def test_activations_are_kept_for_rebalancing_only(action: str, kept: bool) -> None:
+    model = fallen()
+    guard = flagging(model, action=action)
+    guard.erase(the_flagged(guard))
+    model.train()(world(PROBE).images[:4])
+    assert (guard.tap.captured is not None) == kept
+
+
+def test_a_closed_guard_keeps_no_reference_images() -> None:
+    model = fallen()
+    guard = correcting(model)
+    train(model, stream(UPDATES + 3, first=UPDATES), guard)  # tracks once
+    concept = guard._corrector.tracked[0]
+    assert guard._corrector._reference is not None
+    held = [weakref.ref(tensor) for tensor in (*guard._corrector._reference, concept.carriers)]
+    del concept
+    guard.close()
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)

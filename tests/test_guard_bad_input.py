@@ -4,7 +4,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,29 @@ def test_a_step_without_a_forward_pass_of_the_model_is_an_error() -> None:
         guard.step()
     model(IMAGES)
     guard.step()
-    guard.step()  # later ones, such as those of gradient accumulation, are not checked
-    assert guard.steps == 2
+    with pytest.warns(UserWarning, match=r"tap 'pre_logits' \(fc\) has stopped firing: nothing is"):
+        guard.step()
+    guard.step()  # said once
+    assert guard.steps == 3
+
+
+def test_a_classifier_that_is_replaced_is_told_and_never_baked_into() -> None:
+    model = fallen()
+    guard = correcting(model, start=100)
+    model(IMAGES[:4])
+    guard.step()
+    old = model.get_classifier()
+    before = copy.deepcopy(old.state_dict())
+    model.reset_classifier(CLASSES)
+    model(IMAGES[:4])
+    kept = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="has stopped firing: nothing is corrected"):
+        guard.step()
+    with pytest.raises(TapError, match="no longer part of the model.*build a new one"):
+        guard.bake()
+    assert guard.erased
+    for now, then in ((old.state_dict(), before), (model.state_dict(), kept)):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -144,7 +165,12 @@ class Fragile(Dataset[tuple[Tensor, int]]):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError("cannot identify image file 'cat.jpg'"), ValueError("bad image 'cat.jpg'")],
+    [
+        OSError("cannot identify image file 'cat.jpg'"),
+        ValueError("bad image 'cat.jpg'"),
+        KeyError("cat.jpg"),
+        AssertionError("cat.jpg is empty"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_image_that_becomes_unreadable_costs_a_warning(
@@ -204,8 +230,12 @@ def test_activations_that_are_not_finite_skip_the_round() -> None:
     with pytest.warns(UserWarning, match=r"activations at tap 'pre_logits' and logits hold NaN"):
         assert guard.round() is None
     images, labels = next(stream(UPDATES + 1, first=UPDATES))
+    counts = guard.state_dict()["counts"]
     for step in range(1, 4):  # a round is due after step 1, tracking after step 3
-        loss = guard.loss(cross_entropy(model(images), labels, reduction="none"), labels)
+        losses = cross_entropy(model(images), labels, reduction="none")
+        told = pytest.warns(UserWarning, match="rebalancing cannot act: activations of the batch")
+        with told if step == 1 else nullcontext():
+            loss = guard.loss(losses, labels)
         assert loss.isnan()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -213,6 +243,7 @@ def test_activations_that_are_not_finite_skip_the_round() -> None:
         assert bool(caught) == (step != 2)
         assert all("'pre_logits'" in str(w.message) for w in caught)
     assert (guard.report, guard.erased) == (report, erased)
+    torch.testing.assert_close(counts, guard.state_dict()["counts"], rtol=0, atol=0)
     for kind in ("tracked", "pairs"):
         left, right = saved[kind], guard.state_dict()[kind]
         torch.testing.assert_close(left, right, rtol=0, atol=0)
@@ -233,6 +264,7 @@ def test_a_loss_that_is_not_finite_skips_the_round(value: float) -> None:
     with pytest.warns(UserWarning, match=r"at step 1 skipped: the training loss hold NaN or inf"):
         assert guard.step() is None
     assert guard.report is report
+    model(IMAGES[:4])
     guard.loss(torch.ones(4), LABELS[:4])
     assert guard.step() is not None
 

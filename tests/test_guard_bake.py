@@ -128,6 +128,22 @@ def test_a_copy_keeps_the_correction_and_never_writes_into_the_guard() -> None:
     assert torch.equal(logits(ema.module), logits(model))  # the copy follows the pair
 
 
+def test_baking_leaves_the_correction_to_copies_whose_head_it_does_not_touch() -> None:
+    model = fallen()
+    guard = correcting(model)
+    ema = ModelEmaV3(model, decay=0.5)
+    corrected = logits(model)
+    guard.bake()
+    guard.close()
+    assert torch.equal(logits(ema.module), corrected)
+    torch.testing.assert_close(logits(model), corrected, rtol=0, atol=1e-4)
+    # At full strength a baked head after the projection is the baked head: both may be averaged.
+    ema.update(model)
+    torch.testing.assert_close(logits(ema.module), corrected, rtol=0, atol=1e-4)
+    unpickled = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(logits(unpickled), logits(model), rtol=0, atol=0)
+
+
 def test_a_saved_model_keeps_the_correction_without_the_guard() -> None:
     model = fallen()
     guard = correcting(model)

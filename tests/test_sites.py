@@ -139,7 +139,13 @@ def test_a_head_whose_output_is_changed_by_a_hook_is_no_classifier() -> None:
             "deit_tiny_distilled_patch16_224",
             "pre_logits",
             SMALL,
-            r"VisionTransformerDistilled computes.*Linear and Linear. Use 'stage:-1' or 'module:",
+            r"VisionTransformerDistilled computes.*Linear and Linear. Use 'stage:-2' or 'module:",
+        ),
+        (
+            "test_vit",
+            "stage:-1",
+            VIT,
+            r"blocks.5\): changing its rows changes no logit.*earlier",
         ),
         ("test_vit", "module:block.3", VIT, r"no module 'block.3' in V.*nearest: \['blocks.3'"),
         ("test_vit", "module:zzz", VIT, r"nearest: \['patch_embed', .*'head'\]"),
@@ -167,6 +173,14 @@ def test_an_unusable_place_is_refused_with_a_way_out(
     size = {"mvitv2_tiny": 224, "test_vit": 32}.get(name, options.get("img_size", 64))
     with untouched(model), pytest.raises(TapError, match=message):
         Tap(model, where, images(2, size))
+
+
+def test_places_that_the_logits_do_depend_on_are_not_refused() -> None:
+    averaging = build("test_vit", **VIT, global_pool="avg")
+    assert Tap(averaging, "stage:-1", images()).path == "blocks.5"
+    silent = build("resnet10t")
+    nn.init.zeros_(silent.fc.weight)  # as some models start: no logit depends on anything yet
+    assert Tap(silent, "stage:-1", images(2, 64)).path == "layer4"
 
 
 def test_the_suggested_way_out_of_gradient_checkpointing_works() -> None:
@@ -250,8 +264,8 @@ def test_a_data_parallel_wrapper_is_seen_through() -> None:
         ("swin_tiny_patch4_window7_224", SWIN, 64, "stage:-1", "NHWC", (8, 8), 0),
         ("swin_tiny_patch4_window7_224", SWIN, 64, "module:patch_embed.proj", "NCHW", (16, 16), 0),
         ("test_mambaout", {}, 64, "stage:1", "NHWC", (8, 8), 0),
-        ("test_vit", VIT, 32, "stage:-1", "NLC", (4, 4), 1),
-        ("deit_tiny_distilled_patch16_224", SMALL, 32, "stage:-1", "NLC", (2, 2), 2),
+        ("test_vit", VIT, 32, "stage:-2", "NLC", (4, 4), 1),
+        ("deit_tiny_distilled_patch16_224", SMALL, 32, "stage:0", "NLC", (2, 2), 2),
         ("cait_xxs24_224", SMALL, 32, "stage:-1", "NLC", (2, 2), 0),  # declares 1, has none
         (
             "vit_small_patch14_reg4_dinov2",

@@ -41,7 +41,7 @@ def batch(count: int = 4, size: int = 32, seed: int = 1) -> tuple[Tensor, Tensor
     return images(count, size, seed), torch.arange(count) % CLASSES
 
 
-def vit_tap(where: str = "stage:-1") -> tuple[nn.Module, Tap]:
+def vit_tap(where: str = "stage:-2") -> tuple[nn.Module, Tap]:
     model = build("test_vit", **VIT)
     return model, Tap(model, where, images())
 
@@ -374,7 +374,7 @@ def test_untouched_can_fail(untouched: Untouched) -> None:
 def test_closing_leaves_nothing_on_the_model(untouched: Untouched) -> None:
     model = build("test_vit", **VIT)
     with untouched(model):
-        tap = Tap(model, "stage:-1", images())
+        tap = Tap(model, "stage:-2", images())
         tap.edit, tap.listening = doubled, True
         tap.read(DataLoader(TensorDataset(*batch(8)), 2, shuffle=True), max_rows=10, seed=0)
         tap.close()
@@ -384,7 +384,7 @@ def test_closing_leaves_nothing_on_the_model(untouched: Untouched) -> None:
         lambda: tap.logits(images(), None),
         lambda: tap.read([batch()], max_rows=10, seed=0),
     ):
-        with pytest.raises(TapError, match="'stage:-1' is closed"):
+        with pytest.raises(TapError, match="'stage:-2' is closed"):
             use()
 
 
@@ -577,7 +577,7 @@ def test_pre_logits_works_or_is_refused_with_a_way_out(name: str) -> None:
     model = build(name)
     sample = images(2, model.default_cfg["input_size"][-1])
     if name in REFUSED:
-        with pytest.raises(TapError, match=r"its classifier is \w+.*Use 'stage:-1'"):
+        with pytest.raises(TapError, match=r"its classifier is \w+.*Use 'stage:-2'"):
             Tap(model, "pre_logits", sample)
         return
     tap = Tap(model, "pre_logits", sample)
