@@ -197,7 +197,7 @@ class Oracle:
 
 
 def run_seed(
-    seed: int, data: tuple[Tensor, Tensor, Tensor], base_epochs: int
+    seed: int, data: tuple[Tensor, Tensor, Tensor], base_epochs: int, *, overhead_only: bool
 ) -> list[dict[str, Any]]:
     """Return the table rows of one seed."""
     images, labels, split = data
@@ -211,6 +211,8 @@ def run_seed(
     torch.manual_seed(seed)
     base = timm.create_model("resnet10t", num_classes=10)
     train(base, batches(x, y, base_epochs, seed), BASE_LR)
+    if overhead_only:
+        return overhead(seed, base, probe, x, y)
 
     def measured(name: str, model: nn.Module, note: str = "") -> dict[str, Any]:
         row = {
@@ -309,6 +311,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10_jpg_20k10k.npz"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base-epochs", type=int, default=BASE_EPOCHS)
+    parser.add_argument(
+        "--overhead-only", action="store_true", help="measure the step time only, on idle cores"
+    )
     parser.add_argument("--csv", type=Path, default=None, help="also write all rows here")
     args = parser.parse_args()
     if not args.data.is_file():
@@ -317,7 +322,11 @@ def main() -> None:
         )
     began = time.perf_counter()
     data = read_images(args.data)
-    rows = [row for seed in range(args.seeds) for row in run_seed(seed, data, args.base_epochs)]
+    rows = [
+        row
+        for seed in range(args.seeds)
+        for row in run_seed(seed, data, args.base_epochs, overhead_only=args.overhead_only)
+    ]
     print(f"\n{'treatment':18} {'clean':>15} {'patched':>15}   mean +- sd of {args.seeds} seeds")
     names = dict.fromkeys(r["treatment"] for r in rows if r["treatment"] != "overhead")
     for name in names:

@@ -105,6 +105,7 @@ class EventLog:
         self._class_names = class_names
         self._file_names = file_names
         self._writer: SummaryWriter | None = None
+        self._text: tuple[int, str] = (-1, "")  # of a step TensorBoard shows the last text only
 
     def __reduce__(self) -> tuple[type["EventLog"], tuple[None]]:
         return EventLog, (None,)  # copy, deepcopy and pickle all come here
@@ -125,6 +126,7 @@ class EventLog:
             slots: Concept id to slot, from `assign_slots`.
         """
         text = markdown(report, self._class_names, self._file_names, slots)
+        self._text = (report.step, text)
 
         def events(writer: "SummaryWriter") -> None:
             for tag, value in (*_round_values(report), *_slot_values(report, slots)):
@@ -142,10 +144,13 @@ class EventLog:
 
         Args:
             step: Optimizer updates so far.
-            text: One sentence, shown as it is.
+            text: One sentence, shown as it is, below what else is said of this step.
         """
+        before, said = self._text
+        whole = f"{said}\n\n{text}" if step == before else text
+        self._text = (step, whole)
         # A round of this very step may be in an earlier file: it stays valid.
-        self._attempt(lambda w: w.add_text(_REPORT, text, step), stale_from=step + 1)
+        self._attempt(lambda w: w.add_text(_REPORT, whole, step), stale_from=step + 1)
 
     def close(self) -> None:
         """Flush and close; the log is inert afterwards."""

@@ -208,9 +208,22 @@ def test_acts_are_logged(tmp_path: Path) -> None:
     guard.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     written = events.Tensors("concept_guard/report/text_summary")
-    acts = [event.tensor_proto.string_val[0].decode() for event in written]
-    expected = [f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")]
-    assert acts == [*expected, "bake"]
+    texts = [event.tensor_proto.string_val[0].decode() for event in written]
+    acts = [*(f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")), "bake"]
+    # Of one step only the last text is shown: it says all.
+    assert texts == ["\n\n".join(acts[: i + 1]) for i in range(len(acts))]
+
+
+def test_acts_do_not_hide_the_table_of_a_round_of_the_same_step(tmp_path: Path) -> None:
+    guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=QUICK, log_dir=tmp_path)
+    report = guard.round()
+    assert report is not None
+    guard.bake()
+    guard.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    last = events.Tensors("concept_guard/report/text_summary")[-1].tensor_proto.string_val[0]
+    assert "| risk difference |" in last.decode()
+    assert last.decode().endswith("bake")
 
 
 @pytest.mark.parametrize(("action", "kept"), [("project", False), ("rebalance", True)])
