@@ -93,12 +93,16 @@ def look(
 ) -> Findings:
     """Find concepts in a reading, name them, test them, and read tracked ones anew.
 
+    Departure: only while concepts are under correction does a round start from the last one's
+    pairs; before, every round starts afresh. Started from the last, a shortcut that the first
+    round missed stayed missed: the quickstart's tint in 2 of 5 runs, afresh in none of 10.
+
     Args:
         reading: Rows, logits and labels of the probe.
         tail: Maps an edit of the rows to the `(N, M)` logits of the reading's images.
         config: Settings of the guard.
         seed: Of everything random in this round.
-        last: Pairs of the last round, which warm-start this one.
+        last: Pairs of the last round.
         last_ids: Their ids.
         next_id: First id that no concept has had.
         tracked: Concepts under correction.
@@ -109,8 +113,8 @@ def look(
     rows, num_classes = reading.rows, reading.logits.shape[1]
     flat = rows.flatten(0, 1)
     size = number_of_concepts(config.concepts, num_classes, len(flat), flat.shape[1])
-    init = last if last is not None and len(last.filters) == size else None
-    pairs = fit_pairs(flat, concepts=size, init=init, seed=seed)
+    fits = last is not None and len(last.filters) == size
+    pairs = fit_pairs(flat, concepts=size, init=last if fits and tracked else None, seed=seed)
     factors = pairs.factors(rows)  # (N, Q, K)
     again = tuple(_read_anew(t, reading, seed) for t in tracked)
     ids, matched, next_id = _identities(again, pairs, last, last_ids, next_id, flat)
@@ -204,7 +208,8 @@ def _tested(
         if ids[i] in erased_now:
             continue
         candidate = _confirmed(reading, present, found, (i, k), ids[i], tail, config, seed)
-        known = {**erased_now, **{c: r.present for c, r in result.items()}}
+        found_so_far = {c: r.present for c, r in result.items() if r.flag.status == "found"}
+        known = {**erased_now, **found_so_far}
         same = twin(candidate.present, known)
         if candidate.flag.status == "found" and same is not None:
             reason = f"its images are those of concept {same}"

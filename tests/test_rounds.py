@@ -1,0 +1,66 @@
+"""One round: where it starts from, and which of its concepts stand for the same images."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from worlds import PROBE, QUICK, fallen, world
+
+from concept_guard import ConceptGuard, rounds
+from concept_guard.directions import DirectionPairs, WithinClassPair, fit_pairs
+from concept_guard.flags import Candidate, Flag
+
+FLAG = Flag(0, 0, 0.9, 1e-9, 1e-8, 0, 0, 9, (), "found", "")
+PAIR = WithinClassPair(torch.eye(32)[0], torch.eye(32)[0], 0.0, 1.0, 0.0)
+
+
+def test_a_round_starts_afresh_until_something_is_corrected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[DirectionPairs | None] = []
+
+    def watched(rows: Tensor, *, init: DirectionPairs | None, **options: Any) -> DirectionPairs:
+        starts.append(init)
+        return fit_pairs(rows, init=init, **options)
+
+    monkeypatch.setattr(rounds, "fit_pairs", watched)
+    for action, corrected in (("observe", False), ("project", True)):
+        starts.clear()
+        config = {**QUICK, "action": action}
+        guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=config)
+        guard.round()
+        assert bool(guard.erased) == corrected
+        last = guard._pairs
+        guard.round()
+        assert starts[0] is None
+        assert starts[1] is (last if corrected else None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("found", "unconfirmed"), ("unconfirmed", "found")], ids=str
+)
+def test_only_a_concept_that_is_found_stands_for_others_with_its_images(
+    monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    given = iter([first, "found"])
+    present = torch.arange(400)[:, None] % 10 == 0
+
+    def confirmed(*args: Any) -> Candidate:
+        flag = replace(FLAG, concept=args[4], status=next(given, "unconfirmed"))
+        return Candidate(flag, PAIR, present, 0.5)
+
+    def two(*_: Any) -> Sequence[tuple[int, int]]:
+        return [(0, 0), (1, 0)]
+
+    monkeypatch.setattr(rounds, "_confirmed", confirmed)
+    monkeypatch.setattr(rounds, "candidates", two)
+    config = {**QUICK, "action": "observe"}
+    guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=config)
+    report = guard.round()
+    assert report is not None
+    a, b = sorted(report.flags, key=lambda flag: flag.concept)
+    assert (a.status, b.status) == (first, second)
+    assert ("its images are those of concept" in b.reason) == (second == "unconfirmed")
