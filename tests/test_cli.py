@@ -380,10 +380,12 @@ def test_causes_name_class_evidence_and_status() -> None:
         fixed=11,
         broken=1,
         status="erased",
+        reason="it is a matter of degree",
     )
     assert causes([flag], ["ant", "bee"], 90, "1 flag").splitlines() == [
         "concept 4 -> class bee, erased: risk difference +0.62, q = 1.2e-09; present in 31 of 90 "
         "probe images; erasing it there fixes 11 predictions and breaks 1",
+        "    it is a matter of degree",
         "guard: 1 flag",
     ]
     assert causes((), ["ant"], 90, "no evidence: 3 errors") == "guard: no evidence: 3 errors"

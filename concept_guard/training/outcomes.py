@@ -169,13 +169,13 @@ def causes(flags: Sequence[Flag], classes: Sequence[str], probe_size: int, verdi
         verdict: The guard's own sentence about that round.
 
     Returns:
-        One line per flag, then the verdict.
+        Per flag a line and, below it, the reason; then the verdict.
     """
     lines = [
         f"concept {flag.concept} -> class {classes[flag.class_index]}, {flag.status}: "
         f"risk difference {flag.risk_difference:+.2f}, q = {flag.q_value:.1e}; present in "
         f"{flag.present} of {probe_size} probe images; erasing it there fixes {flag.fixed} "
-        f"predictions and breaks {flag.broken}"
+        f"predictions and breaks {flag.broken}" + (f"\n    {flag.reason}" if flag.reason else "")
         for flag in flags
     ]
     return "\n".join([*lines, f"guard: {verdict}"])
