@@ -37,7 +37,8 @@ class Tracked:
     def moved_to(self, rows: Tensor, labels: Tensor) -> "Tracked":
         """Estimate the pair again from the current rows of the reference images.
 
-        A pair fixed once is undone by training; one that is re-estimated holds.
+        A pair fixed once is undone by training; one that is re-estimated holds. The shrinkage of
+        its covariance stays that of the last round: to estimate it took a third of the time.
 
         Args:
             rows: `(R, Q, C)` current activations of the reference images.
@@ -48,7 +49,9 @@ class Tracked:
         """
         repeated = labels.repeat_interleave(rows.shape[1])
         present = self.present.flatten().to(rows.device)
-        pair = within_class_pair(rows.flatten(0, 1), repeated, present)
+        pair = within_class_pair(
+            rows.flatten(0, 1), repeated, present, shrinkage=self.pair.shrinkage
+        )
         return self if pair is None else replace(self, pair=pair)
 
 

@@ -1,6 +1,7 @@
 """Stage 4a: a tracked pair follows the network, and its references cover all four groups."""
 
 import pytest
+import sklearn.covariance
 import torch
 from planted import MarkedWorld, auc, marked_world, normal
 from torch import Tensor
@@ -59,6 +60,17 @@ def test_every_position_of_a_reference_image_counts_with_its_own_presence() -> N
     moved = start.moved_to(3 * rows, labels).pair
     torch.testing.assert_close(moved.signal, 3 * pair.signal)
     torch.testing.assert_close(3 * moved.filter, pair.filter)
+
+
+def test_tracking_keeps_the_shrinkage_of_the_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = marked_world()
+    before = tracked(world, world.rows)
+    noisy = world.rows + 3 * normal(torch.Generator().manual_seed(1), 1200, 16).float()
+    estimated = within_class_pair(noisy, world.labels, world.mark)
+    assert estimated is not None
+    assert estimated.shrinkage != before.pair.shrinkage  # control
+    monkeypatch.setattr(sklearn.covariance, "ledoit_wolf_shrinkage", None)
+    assert before.moved_to(noisy[:, None], world.labels).pair.shrinkage == before.pair.shrinkage
 
 
 def test_rows_that_do_not_determine_a_pair_leave_the_old_one() -> None:
