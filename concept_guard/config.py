@@ -116,7 +116,7 @@ class GuardConfig(StrictModel):
     strength: float = Field(default=1.0, gt=0, le=1)
     budget: Annotated[float | None, BeforeValidator(_parse_budget)] = None
     max_rows: int = Field(default=200_000, ge=1)
-    reference_images: int = Field(default=512, ge=1)
+    reference_images: int = Field(default=320, ge=1)
     steps_per_epoch: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 

@@ -318,5 +318,5 @@ def _begun(candidate: Candidate) -> Tracked:
     return replace(_once(candidate), carriers=candidate.present, separation=candidate.separation)
 
 
-def _cut(images: Tensor, labels: Tensor, size: int = 256) -> Iterable[tuple[Tensor, Tensor]]:
+def _cut(images: Tensor, labels: Tensor, size: int = 64) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(images.split(size), labels.split(size), strict=True)
