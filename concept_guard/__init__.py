@@ -12,7 +12,7 @@ The stages, in the order of the data flow:
 """
 
 from concept_guard.config import GuardConfig
-from concept_guard.directions import Concept, DirectionPairs, fit_pairs
+from concept_guard.directions import Concept, DirectionPairs, Schedule, descend_pairs, fit_pairs
 from concept_guard.errors import (
     BakeError,
     ConceptGuardError,
@@ -38,7 +38,9 @@ __all__ = [
     "GuardConfig",
     "ProbeError",
     "RoundReport",
+    "Schedule",
     "StateError",
     "TapError",
+    "descend_pairs",
     "fit_pairs",
 ]

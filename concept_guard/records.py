@@ -4,7 +4,7 @@ Nothing here knows how a concept was found, tested or corrected, or where the te
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from concept_guard.directions import Concept
 from concept_guard.flags import Flag
@@ -29,13 +29,18 @@ class RoundReport:
         accuracy_if_erased: `accuracy` with every flagged concept erased; None if not measured.
         worst_group_accuracy_if_erased: Likewise.
         leak: Concept id to the absolute risk difference that remains while it is erased.
-        cosine_to_last: How far the filters kept their direction since the last round.
+        cosine_to_last: Mean of `drift`; 1 in the first round, 0 if no concept was found again.
         penalty: Value of the loss penalty, 0 while there is none.
         errors_seen: Probe images predicted wrongly.
         images_seen: Probe images read.
         seconds: Duration of the round.
         overhead: Share of the wall time that the guard has used so far.
         verdict: One sentence: what was flagged, or why nothing could be.
+        drift: Concept id to the cosine of its filter with the last round's, for concepts found
+            again.
+        new: Ids of the concepts that the last round did not have; empty in the first round.
+        vanished: Ids of the last round that are gone.
+        notes: What the search for concepts has to say, such as why there are so few.
     """
 
     step: int
@@ -56,6 +61,24 @@ class RoundReport:
     seconds: float
     overhead: float
     verdict: str
+    drift: dict[int, float] = field(default_factory=dict)
+    new: tuple[int, ...] = ()
+    vanished: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """One line on which concepts stayed, came and went since the last round, or nothing."""
+        if not (self.drift or self.new or self.vanished):
+            return ""
+        parts = [f"{len(self.drift)} concepts found again (mean cosine {self.cosine_to_last:.2f}"]
+        if self.drift:
+            least = min(self.drift, key=self.drift.__getitem__)
+            parts[0] += f", least {self.drift[least]:.2f}: concept {least}"
+        parts[0] += ")"
+        parts += [f"new: {', '.join(map(str, self.new))}"] if self.new else []
+        parts += [f"gone: {', '.join(map(str, self.vanished))}"] if self.vanished else []
+        return "; ".join(parts)
 
     @property
     def flagged(self) -> tuple[int, ...]:
@@ -105,11 +128,13 @@ def table(
         file_names: Probe order; shown instead of probe indices in the column of examples.
 
     Returns:
-        Lines without a final newline; the verdict alone if there are no flags.
+        Lines without a final newline: flags if there are any, which concepts stayed, came and went
+        since the last round, notes, the verdict.
     """
     rows = _rows(report, class_names, file_names)
+    last = [line for line in (report.identity, *report.notes, report.verdict) if line]
     if not rows:
-        return report.verdict
+        return "\n".join(last)
     cells = [(*_HEADER, "examples"), *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = (0, 2, 3, 4, 5)  # columns of numbers
@@ -121,7 +146,7 @@ def table(
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join((*lines, report.verdict))
+    return "\n".join((*lines, *last))
 
 
 def markdown(
@@ -139,7 +164,8 @@ def markdown(
         slots: Concept id to slot; adds the column that tells which tags belong to a concept.
 
     Returns:
-        The verdict, then a Markdown table if there are flags.
+        The verdict, a Markdown table if there are flags, then which concepts stayed, came and went,
+        and notes.
     """
     lines = [f"**{_escaped(report.verdict)}**"]
     rows = _rows(report, class_names, file_names)
@@ -149,6 +175,8 @@ def markdown(
         lines += ["", _line(header), _line("---" for _ in header)]
         for flag, row in zip(report.flags, rows, strict=True):
             lines.append(_line((str(held.get(flag.concept, "-")), *row)))
+    for line in (report.identity, *report.notes):
+        lines += ["", _escaped(line)] if line else []
     return "\n".join(lines)
 
 

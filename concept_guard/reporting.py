@@ -76,6 +76,10 @@ def report(
         seconds=seconds,
         overhead=overhead,
         verdict=measures.verdict(flags, errors, len(labels), alpha),
+        drift=found.drift,
+        new=found.new,
+        vanished=found.vanished,
+        notes=found.pairs.notes,
     )
 
 

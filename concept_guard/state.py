@@ -51,6 +51,9 @@ def check(saved: Mapping[str, Any], expected: Mapping[str, Any], known: set[str]
         )
 
 
+TENSORS = ("filters", "signals", "biases")
+
+
 def from_pairs(pairs: DirectionPairs | None) -> dict[str, Any] | None:
     """Return the tensors of direction pairs.
 
@@ -62,7 +65,7 @@ def from_pairs(pairs: DirectionPairs | None) -> dict[str, Any] | None:
     """
     if pairs is None:
         return None
-    return {f.name: getattr(pairs, f.name).cpu().clone() for f in fields(pairs)}
+    return {name: getattr(pairs, name).cpu().clone() for name in TENSORS}
 
 
 def to_pairs(saved: Mapping[str, Any] | None, device: torch.device) -> DirectionPairs | None:

@@ -1,9 +1,12 @@
 """Worlds whose concepts, marks and errors are known; nothing here imports the code under test."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import normalize, one_hot
 
 OFFSET = 2.0  # of every channel: rows are not centred, as activations are not
 
@@ -145,6 +148,130 @@ def marked_world(
     head, pull = (w - (w @ centre)[:, None] * flat for w in (head, pull))
     narrow = [t.float() for t in (rows, signal, seen, unseen[1], head, pull)]
     return MarkedWorld(narrow[0], labels, amount, amount > 0, *narrow[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureWorld:
+    """Unlabelled rows `x = a S + offset + what no concept writes` of concepts that may overlap.
+
+    Attributes:
+        rows: `(P, C)` float64.
+        present: `(P, K)` bool, which concepts each row carries.
+        amounts: `(P, K)` how much of each it carries, a.
+        signals: `(K, C)` unit directions that write them, S.
+    """
+
+    rows: Tensor
+    present: Tensor
+    amounts: Tensor
+    signals: Tensor
+
+
+def toy_world(seed: int, *, count: int = 1000) -> MixtureWorld:
+    """Plant the toy of the source: one of three concepts in every row, and two distractors.
+
+    An absent concept has an amount of 0 to 2.5, a present one 2.5 to 5, a distractor 0 to 5, all
+    uniform. No two of the five unit directions have an absolute cosine above .5. Images have two
+    rows, of two different concepts.
+
+    Source: arXiv 2509.23926, experiment on synthetic data.
+
+    Args:
+        seed: Of everything random.
+        count: Images of each of the three pairs of concepts.
+
+    Returns:
+        The world, of 6 `count` rows and 16 channels.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    near = 1.0
+    while near > 0.5:
+        axes = normalize(normal(rng, 5, 16), dim=1)
+        near = float((axes @ axes.T).fill_diagonal_(0).abs().max())
+    pairs = torch.tensor([(0, 1), (0, 2), (1, 2)]).repeat_interleave(count, dim=0)
+    present = one_hot(pairs.flatten(), 3).bool()
+    spread = torch.rand(len(present), 3, generator=rng, dtype=torch.float64)
+    amounts = 2.5 * spread + 2.5 * present
+    beside = 5 * torch.rand(len(present), 2, generator=rng, dtype=torch.float64)
+    return MixtureWorld(amounts @ axes[:3] + beside @ axes[3:] + 10, present, amounts, axes[:3])
+
+
+def sparse_world(
+    seed: int,
+    *,
+    count: int = 8000,
+    channels: int = 24,
+    concepts: int = 24,
+    active: float = 3.0,
+    correlated: bool = False,
+    distractors: int = 0,
+    noise: float = 0.02,
+) -> MixtureWorld:
+    """Plant concepts that few rows carry, in an amount of 1 to 2, beside normal distractors.
+
+    Args:
+        seed: Of everything random.
+        count: Rows, P.
+        channels: C.
+        concepts: K; may be more than C.
+        active: Concepts that a row carries on average.
+        correlated: Whether four concepts at a time share half the variance that decides presence.
+        distractors: Normal quantities of standard deviation 3, along directions of unit length.
+        noise: Standard deviation of what is left in every channel.
+
+    Returns:
+        The world.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    signals = normalize(normal(rng, concepts, channels), dim=1)
+    drive = normal(rng, count, concepts)
+    if correlated:
+        groups = max(1, concepts // 4)
+        shared = normal(rng, count, groups)[:, torch.arange(concepts) % groups]
+        drive = math.sqrt(0.5) * (drive + shared)
+    rate = torch.tensor(active / concepts, dtype=torch.float64)
+    present = drive > torch.special.ndtri(1 - rate)
+    amounts = present * (1 + torch.rand(count, concepts, generator=rng, dtype=torch.float64))
+    rows = amounts @ signals + normal(rng, channels) + noise * normal(rng, count, channels)
+    if distractors:
+        beside = normalize(normal(rng, distractors, channels), dim=1)
+        rows += 3 * normal(rng, count, distractors) @ beside
+    return MixtureWorld(rows, present, amounts, signals)
+
+
+def whitened(rows: Tensor) -> Tensor:
+    """Return rows centred and with unit covariance, in float64; empty axes are left out.
+
+    Args:
+        rows: `(P, C)`.
+    """
+    centred = rows.double() - rows.double().mean(dim=0)
+    values, axes = torch.linalg.eigh(centred.T @ centred / len(rows))
+    keep = values > 1e-9 * values.max()
+    return centred @ (axes[:, keep] / values[keep].sqrt())
+
+
+def true_directions(white: Tensor, amounts: Tensor) -> Tensor:
+    """Return `(K, R)` unit directions along which white rows tell most of each amount.
+
+    Args:
+        white: `(P, R)`.
+        amounts: `(P, K)`.
+    """
+    centred = amounts.double() - amounts.double().mean(dim=0)
+    return normalize(centred.T @ white.double(), dim=1)  # the covariance of the rows is one
+
+
+def matched(truth: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair directions one to one; return the cosine and the position found of each true one.
+
+    Args:
+        truth: `(K, C)`.
+        found: `(n, C)`, n at least K.
+    """
+    alike = normalize(truth.double(), dim=1) @ normalize(found.double(), dim=1).T
+    at, to = linear_sum_assignment(alike.numpy(), maximize=True)
+    return alike[at, to], torch.as_tensor(to)
 
 
 def overlapping_pairs(rng: torch.Generator, concepts: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """A guarded run from end to end: a planted mark is flagged, unlearned and logged."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,23 +180,24 @@ TAPS: list[tuple[Callable[[], nn.Module], str, str]] = [
 def test_a_round_and_an_erasure_work_at_every_kind_of_tap(
     build: Callable[[], nn.Module], tap: str, layout: str
 ) -> None:
-    model, probe = build(), world(PROBE, 120)
+    model, probe = build(), world(PROBE, 120)  # nothing is trained: let the mark be seen by any
+    probe = replace(probe, images=probe.images + 4.0 * probe.marked[:, None, None, None])
     config = {"tap": tap, "concepts": 4, "action": "project"}
     guard = ConceptGuard(model, probe=probe.loader(40), config=config)
     assert guard.tap.layout == layout
     report = guard.round()
     assert report is not None
-    assert len(report.concepts) == 4
+    assert 1 <= len(report.concepts) <= 4
     assert all(len(c.filter) == guard.tap.channels for c in report.concepts)
     with torch.no_grad():
-        plain = model.eval()(probe.images)
         guard.restore(guard.erased)
+        plain = model.eval()(probe.images)
         erased = [concept.id for concept in report.concepts if erasable(guard, concept.id)][:1]
         assert guard.erased == tuple(erased)
         assert erased
         corrected = model(probe.images)
         assert corrected.isfinite().all()
-        assert not torch.allclose(corrected, plain, atol=1e-4)
+        assert (corrected - plain).abs().max() > 1e-3 * plain.abs().max()
         guard.restore(erased)
         assert torch.equal(model(probe.images), plain)
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import MARK, PROBE, SIDE, fallen, flagging, mark, net, world
+from worlds import MARK, PROBE, SIDE, correcting, fallen, mark, net, the_flagged, world
 
 from concept_guard.directions import within_class_pair
 from concept_guard.localisation import CELLS, location_maps
@@ -87,14 +87,13 @@ def test_the_map_points_at_the_quarter_of_the_mark(
 
 
 def test_the_map_of_a_flagged_concept_points_at_the_mark() -> None:
-    model = fallen()
-    guard = flagging(model)
+    guard = correcting(fallen())
     assert guard.report is not None
-    (concept,) = guard.report.flagged
-    direction = next(c.filter for c in guard.report.concepts if c.id == concept)
+    concept = the_flagged(guard)
     (flag,) = (f for f in guard.report.flags if f.concept == concept)
+    (tracked,) = guard._corrector.tracked
     images = world(PROBE).images[list(flag.examples[:8])]
-    maps = location_maps(guard.tap, images, direction)
+    maps = location_maps(guard.tap, images, tracked.pair.filter)  # as its card does
     assert (quadrant(maps) == 0).sum() >= 6
 
 

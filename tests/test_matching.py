@@ -5,7 +5,7 @@ import torch
 from planted import normal
 from torch import Tensor
 
-from concept_guard.directions import DirectionPairs, match, mean_cosine
+from concept_guard.directions import DirectionPairs, cosines, match
 from concept_guard.directions.matching import agreement
 
 
@@ -72,11 +72,10 @@ def pairs(filters: Tensor) -> DirectionPairs:
     return DirectionPairs(filters, filters, torch.zeros(len(filters)))
 
 
-def test_mean_cosine_compares_matched_filters_only() -> None:
+def test_cosines_compare_matched_filters_only() -> None:
     last = pairs(torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     new = pairs(torch.tensor([[3.0, 0.0], [1.0, 0.0], [3.0, 4.0]]))
-    assert mean_cosine(last, new, {0: 0}) == pytest.approx(1.0)
-    assert mean_cosine(last, new, {0: 1}) == pytest.approx(0.0)
-    assert mean_cosine(last, new, {0: 0, 2: 1}) == pytest.approx((1 + 0.8) / 2)
-    assert mean_cosine(last, new, {2: 1, 0: 0}) == pytest.approx((1 + 0.8) / 2)
-    assert mean_cosine(last, new, {}) == 0.0
+    assert cosines(last, new, {0: 0}) == pytest.approx({0: 1.0})
+    assert cosines(last, new, {0: 1}) == pytest.approx({0: 0.0})
+    assert cosines(last, new, {0: 0, 2: 1}) == pytest.approx({0: 1.0, 2: 0.8})
+    assert cosines(last, new, {}) == {}

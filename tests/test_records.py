@@ -112,3 +112,30 @@ def test_every_other_status_counts_as_flagged(status: str) -> None:
 def test_a_report_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         report().step = 3
+
+
+def test_a_report_says_which_concepts_stayed_came_and_went() -> None:
+    changed = replace(
+        report(FLAG),
+        drift={3: 0.91, 7: 0.99},
+        new=(12, 13),
+        vanished=(5,),
+        cosine_to_last=0.95,
+        notes=("2 of 5 concepts are missing: no <support>",),
+    )
+    identity = (
+        "2 concepts found again (mean cosine 0.95, least 0.91: concept 3); new: 12, 13; gone: 5"
+    )
+    assert changed.identity == identity
+    assert table(changed).splitlines()[-3:] == [identity, *changed.notes, changed.verdict]
+    assert table(replace(changed, flags=())).splitlines() == [
+        identity,
+        *changed.notes,
+        changed.verdict,
+    ]
+    text = markdown(changed)
+    assert identity in text
+    assert "no \\<support>" in text
+    only_gone = replace(report(), vanished=(5,), cosine_to_last=0.0)
+    assert only_gone.identity == "0 concepts found again (mean cosine 0.00); gone: 5"
+    assert not report(FLAG).identity  # control: a first round has nothing to compare with

@@ -17,9 +17,7 @@ FLAG = Flag(0, 0, 0.9, 1e-9, 1e-8, 0, 0, 9, (), "found", "")
 PAIR = WithinClassPair(torch.eye(32)[0], torch.eye(32)[0], 0.0, 1.0, 0.0)
 
 
-def test_a_round_starts_afresh_until_something_is_corrected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_round_starts_from_the_pairs_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[DirectionPairs | None] = []
 
     def watched(rows: Tensor, *, init: DirectionPairs | None, **options: Any) -> DirectionPairs:
@@ -27,16 +25,12 @@ def test_a_round_starts_afresh_until_something_is_corrected(
         return fit_pairs(rows, init=init, **options)
 
     monkeypatch.setattr(rounds, "fit_pairs", watched)
-    for action, corrected in (("observe", False), ("project", True)):
-        starts.clear()
-        config = {**QUICK, "action": action}
-        guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=config)
-        guard.round()
-        assert bool(guard.erased) == corrected
-        last = guard._pairs
-        guard.round()
-        assert starts[0] is None
-        assert starts[1] is (last if corrected else None)
+    guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config=QUICK)
+    guard.round()
+    last = guard._pairs
+    guard.round()
+    assert starts[0] is None
+    assert starts[1] is last
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def report(rng: torch.Generator) -> RoundReport:
     values: dict[str, Any] = {f.name: 0.5 for f in fields(RoundReport)}
     values |= {"step": 70, "errors_seen": 12, "images_seen": 100, "verdict": "flagged: something"}
     values |= {"concepts": concepts, "flags": flags, "erased": (0,), "leak": {0: 0.01}}
-    values |= {"accuracy_if_erased": None}
+    values |= {"accuracy_if_erased": None, "drift": {1: 0.9}, "new": (1,), "vanished": (0, 2)}
+    values |= {"notes": ("1 of 3 concepts is missing",)}
     return RoundReport(**values)
 
 

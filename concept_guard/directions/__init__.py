@@ -1,7 +1,8 @@
 """Stage 2, find: encoding-decoding direction pairs in activations, without concept labels."""
 
+from concept_guard.directions.descent import Schedule, descend_pairs
 from concept_guard.directions.fit import fit_pairs
-from concept_guard.directions.matching import match, mean_cosine
+from concept_guard.directions.matching import cosines, match
 from concept_guard.directions.pairs import Concept, DirectionPairs
 from concept_guard.directions.within_class import (
     Membership,
@@ -14,10 +15,12 @@ __all__ = [
     "Concept",
     "DirectionPairs",
     "Membership",
+    "Schedule",
     "WithinClassPair",
+    "cosines",
+    "descend_pairs",
     "fit_pairs",
     "match",
-    "mean_cosine",
     "refine_membership",
     "within_class_pair",
 ]

@@ -3,57 +3,139 @@
 Nothing here knows how the filters were found.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from concept_guard.directions.basis import CHUNK
+
+Estimator = Literal["joint", "positives", "pattern"]
+RIDGE = 1e-4  # of unit moments, so that two concepts with the same rows share their signal
+FLOOR = 1e-8  # share of the mean channel variance below which a factor does not vary
+LEAST = 8  # positive rows for the positives-only form
+
 
 def signal_vectors(
-    rows: Tensor, filters: Tensor, biases: Tensor, *, floor: float = 1e-8, least: int = 8
-) -> tuple[Tensor, Tensor]:
+    rows: Tensor, filters: Tensor, biases: Tensor, estimator: Estimator = "joint"
+) -> Tensor:
     """Estimate the encoding direction that belongs to each decoding direction.
 
-    With factor `z = x . w`, the signal vector is `cov(x, z) / var(z)` over the rows where the
-    concept is present (`z > b`): the regression of the activation on the factor. It satisfies
-    `w . s = 1`, which is what makes erasure along `s` idempotent.
+    With factor `z = x . w`, present where `z > b`:
 
-    Source: arXiv 2509.23926, eq. 1 (positives only).
-    Departure: where the positives do not vary along the filter, or fewer than `least` rows are
-    positive, the moments of all rows are used (Haufe et al. 2014, NeuroImage 87:96-110), so
-    that a rare concept still has a direction; the second result says which.
+    - `joint`: the regression of the row on the gated factors of all concepts at once (a factor's
+      excess over its mean in absence where the concept is present, and 0 where it is not), so
+      that rows with several concepts are shared out among them;
+    - `positives`: `cov(x, z) / var(z)` over the rows where the one concept is present;
+    - `pattern`: the mean row with the concept minus the mean row without it.
+
+    All are scaled to `w . s = 1`, which is what makes erasure along `s` idempotent.
+
+    Source: arXiv 2509.23926, eq. 1 (positives); Haufe et al. 2014, NeuroImage 87:96-110 (joint,
+    over factors that are not gated); Pahde et al. 2025, pattern-CAV (pattern).
+    Departure: joint is the default. Mean cosine to the true encoders on mixtures in 64 channels,
+    joint / positives: 96 concepts .998 / .954, with large distractors .934 / .889; 16 correlated
+    concepts with large distractors .995 / .910. A filter that leaks little of a distractor larger
+    than the concepts bends the one-concept estimate.
 
     Args:
         rows: `(P, C)` activations.
         filters: `(K, C)` decoding directions; any non-zero scale.
         biases: `(K,)` thresholds, in units of `x . w`.
-        floor: Least factor variance that counts as variation, as a share of the mean channel
-            variance times the squared filter norm. Dimensionless.
-        least: Least number of positive rows for the positives-only form.
+        estimator: See above.
 
     Returns:
         `(K, C)` encoding directions in the dtype of `filters`, units of activation per unit of
-        factor; and `(K,)` bool, true where the positives-only form was used.
+        factor. Where an estimator says nothing about a concept (no positive rows that vary, or
+        nothing that its filter reads), its joint regression on the ungated factor; zeros where
+        the filter reads nothing at all.
     """
-    x = rows.to(torch.float64)
-    x = x - x.mean(dim=0)
+    if len(filters) == 0:
+        return filters.clone()
+    sums = _Sums(rows, filters.float(), biases.float())
+    found = {"joint": sums.joint, "positives": sums.positives, "pattern": sums.pattern}[estimator]()
     w = filters.to(torch.float64)
-    raw = rows.to(torch.float64) @ w.T  # (P, K)
-    gate = (raw > biases.to(torch.float64)).to(torch.float64)
-    by_positives, variance = _regression(x, raw, gate)
-    scale = x.square().mean() * w.square().sum(dim=1)
-    usable = (gate.sum(dim=0) >= least) & (variance > floor * scale)
-    if not bool(usable.all()):
-        by_all, variance_all = _regression(x, raw, torch.ones_like(gate))
-        by_positives = torch.where(usable[:, None], by_positives, by_all)
-        dead = variance_all <= floor * scale
-        by_positives[dead & ~usable] = 0.0
-    return by_positives.to(filters.dtype), usable
+    found, alone = _scaled(found, w), _scaled(sums.ungated(), w)
+    return torch.where(found.isfinite(), found, alone.nan_to_num()).to(filters.dtype)
 
 
-def _regression(x: Tensor, raw: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `(K, C)` slopes of the rows on each gated factor, and its `(K,)` variance."""
-    count = gate.sum(dim=0).clamp_min(1.0)
-    mean = (gate * raw).sum(dim=0) / count
-    centred = gate * (raw - mean)
-    variance = (centred * raw).sum(dim=0) / count
-    slope = centred.T @ x / count[:, None]
-    return slope / variance.clamp_min(torch.finfo(x.dtype).tiny)[:, None], variance
+class _Sums:
+    """First and second moments of rows and factors, gathered chunk by chunk."""
+
+    def __init__(self, rows: Tensor, filters: Tensor, biases: Tensor) -> None:
+        self.rows, self.filters, self.biases = rows, filters, biases
+        self.mean = rows[:CHUNK].float().mean(dim=0)  # near the mean; moments are taken around it
+        count = absent = raw = x = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for part, factor, gate in self._parts():
+            count = count + gate.sum(dim=0, dtype=torch.float64)
+            raw = raw + factor.sum(dim=0, dtype=torch.float64)
+            absent = absent + (factor * ~gate).sum(dim=0, dtype=torch.float64)
+            x = x + part.sum(dim=0, dtype=torch.float64)
+        self.count, self.total, self.shift = count, len(rows), x / len(rows)
+        self.middle = raw / self.total
+        self.base = absent / (self.total - count).clamp_min(1)
+        self.above = (raw - absent) / count.clamp_min(1)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for part in self.rows.split(CHUNK):
+            centred = part.float() - self.mean
+            factor = centred @ self.filters.T
+            yield centred, factor, factor + self.filters @ self.mean > self.biases
+
+    def _against_rows(self, read: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return `(K, K)` and `(K, C)` second moments of a regressor with itself and the rows."""
+        square = torch.zeros((len(self.filters),) * 2, dtype=torch.float64, device=self.rows.device)
+        cross = torch.zeros(self.filters.shape, dtype=torch.float64, device=self.rows.device)
+        total = torch.zeros(len(self.filters), dtype=torch.float64, device=self.rows.device)
+        for part, factor, gate in self._parts():
+            regressor = read(factor, gate)
+            total += regressor.sum(dim=0, dtype=torch.float64)
+            square += (regressor.T @ regressor).to(torch.float64)
+            cross += (regressor.T @ part).to(torch.float64)
+        mean = total / self.total
+        square = square / self.total - torch.outer(mean, mean)
+        return square, cross / self.total - torch.outer(mean, self.shift)
+
+    def joint(self) -> Tensor:
+        base = self.base.float()
+        square, cross = self._against_rows(lambda factor, gate: (factor - base) * gate)
+        return _regressed(square, cross)
+
+    def pattern(self) -> Tensor:
+        square, cross = self._against_rows(lambda _, gate: gate.float())
+        return cross / square.diagonal()[:, None]
+
+    def positives(self) -> Tensor:
+        above = self.above.float()
+        square, cross = self._against_rows(lambda factor, gate: (factor - above) * gate)
+        variance = square.diagonal() * self.total / self.count.clamp_min(1)
+        reach = self.filters.double().square().sum(dim=1) * self._variance()
+        usable = (self.count >= LEAST) & (variance > FLOOR * reach)
+        return torch.where(usable[:, None], cross / square.diagonal()[:, None], torch.nan)
+
+    def ungated(self) -> Tensor:
+        middle = self.middle.float()
+        square, cross = self._against_rows(lambda factor, _: factor - middle)
+        return _regressed(square, cross)
+
+    def _variance(self) -> float:
+        squares = sum(float((p - self.shift.float()).square().sum()) for p, _, _ in self._parts())
+        return squares / self.rows.numel()
+
+
+def _regressed(square: Tensor, cross: Tensor) -> Tensor:
+    """Return the joint regression on regressors with these moments, each scaled to unit size."""
+    size = square.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(size > 0, 1 / size.clamp_min(1e-300), 0.0)
+    unit = scale[:, None] * square * scale
+    unit.diagonal().add_(RIDGE)
+    slopes: Tensor = torch.linalg.solve(unit, scale[:, None] * cross)
+    return slopes
+
+
+def _scaled(signals: Tensor, filters: Tensor) -> Tensor:
+    """Return signals scaled to `w . s = 1`; NaN where a filter reads nothing of its signal."""
+    read = (signals * filters).sum(dim=1)
+    enough = read > 1e-6 * signals.norm(dim=1) * filters.norm(dim=1)
+    return torch.where(enough[:, None], signals / read[:, None], torch.nan)

@@ -42,8 +42,8 @@ def match(last: Tensor, new: Tensor, *, least: float = 0.5) -> dict[int, int]:
     return {n: o for n, o in pairs if float(alike[o, n]) >= least}
 
 
-def mean_cosine(last: DirectionPairs, new: DirectionPairs, matched: dict[int, int]) -> float:
-    """Return how far matched filters kept their direction.
+def cosines(last: DirectionPairs, new: DirectionPairs, matched: dict[int, int]) -> dict[int, float]:
+    """Return how far each matched filter kept its direction.
 
     Args:
         last: Pairs of the last round.
@@ -51,10 +51,9 @@ def mean_cosine(last: DirectionPairs, new: DirectionPairs, matched: dict[int, in
         matched: Position in `new` to position in `last`.
 
     Returns:
-        Mean cosine of matched filters; 0 if nothing matched.
+        Position in `new` to the cosine of its filter with the one it is matched to.
     """
-    if not matched:
-        return 0.0
     now = new.filters[list(matched.keys())]
-    then = last.filters[list(matched.values())].to(now.device)
-    return float(torch.nn.functional.cosine_similarity(now, then, dim=1).mean())
+    then = last.filters[list(matched.values())].to(now)
+    alike = torch.nn.functional.cosine_similarity(now, then, dim=1)
+    return dict(zip(matched, alike.tolist(), strict=True))

@@ -40,11 +40,13 @@ class DirectionPairs:
         filters: `(K, C)` decoding directions: how a concept is read out of a row.
         signals: `(K, C)` encoding directions: how the network writes it into a row.
         biases: `(K,)` thresholds in units of `x . w`.
+        notes: What a fit has to say, such as why there are fewer pairs than were asked for.
     """
 
     filters: Tensor
     signals: Tensor
     biases: Tensor
+    notes: tuple[str, ...] = ()
 
     def factors(self, rows: Tensor) -> Tensor:
         """Return how much of each concept is in each row.

@@ -6,11 +6,13 @@ Nothing here knows how presence was found or what the pair is used for.
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from concept_guard.directions.threads import few_threads
 
 FOLDS, ROUNDS = 4, 2
+REACH = 0.15  # of the way from absence to presence: half the width of valley and peak
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +113,9 @@ class Membership:
 
     Attributes:
         present: `(P,)` bool.
-        valley: Rows of the other classes half-way between absence and presence.
-        peak: As many fifths of the way wide, but around presence. A mark that is there or not
+        valley: Rows of the other classes half-way between absence and presence, .35 to .65 of
+            the way.
+        peak: Rows of them around presence, .85 to 1.15 of the way. A mark that is there or not
             has fewer rows in the valley than at the peak; a mere tail of a continuous quantity
             has more.
     """
@@ -125,6 +128,11 @@ class Membership:
     def separation(self) -> float:
         """Between -1 (a continuous tail) and 1 (two groups with nothing between them)."""
         return (self.peak - self.valley) / max(1, self.peak + self.valley)
+
+    @property
+    def chance(self) -> float:
+        """Probability of so few rows in the valley if they were as likely there as at the peak."""
+        return float(binom.cdf(self.valley, self.valley + self.peak, 0.5))
 
 
 def refine_membership(
@@ -159,9 +167,8 @@ def refine_membership(
         factor, shrinkage = read
         low = factor[others & ~present].median()
         scaled = (factor - low) / (factor[others & present].median() - low)
-    fifth = scaled[others]
-    valley = int(((fifth > 0.4) & (fifth < 0.6)).sum())
-    peak = int(((fifth > 0.9) & (fifth < 1.1)).sum())
+    valley = int(((scaled[others] - 0.5).abs() < REACH).sum())
+    peak = int(((scaled[others] - 1.0).abs() < REACH).sum())
     return Membership(scaled > 0.5, valley, peak)
 
 
