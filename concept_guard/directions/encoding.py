@@ -56,8 +56,11 @@ def signal_vectors(
     sums = _Sums(rows, filters.float(), biases.float())
     found = {"joint": sums.joint, "positives": sums.positives, "pattern": sums.pattern}[estimator]()
     w = filters.to(torch.float64)
-    found, alone = _scaled(found, w), _scaled(sums.ungated(), w)
-    return torch.where(found.isfinite(), found, alone.nan_to_num()).to(filters.dtype)
+    found = _scaled(found, w)
+    if not bool(found.isfinite().all()):
+        alone = _scaled(sums.ungated(), w)
+        found = torch.where(found.isfinite(), found, alone.nan_to_num())
+    return found.to(filters.dtype)
 
 
 class _Sums:

@@ -203,7 +203,7 @@ def _check(rows: Tensor, concepts: int, init: DirectionPairs | None) -> None:
     bad = sum(int((~part.isfinite().all(dim=1)).sum()) for part in rows.split(2**14))
     if bad:
         wrong.append(f"rows: {bad} of {len(rows)} hold NaN or infinite values; leave them out")
-    elif len(rows) < 2 or float(rows.float().std(dim=0).max()) == 0.0:
+    elif len(rows) < 2 or bool((rows.amax(dim=0) == rows.amin(dim=0)).all()):
         wrong.append(f"rows: {len(rows)} rows without any variation; collect more activations")
     if not 2 <= concepts <= max(2, len(rows)):
         wrong.append(f"concepts: got {concepts}, expected 2 to {len(rows)}, the number of rows")
