@@ -246,7 +246,12 @@ def _objection(sharp: Membership, caused: Effect, difference: float) -> str:
         return f"erasing it moves the wrong logit up ({caused.logit_change:+.2f})"
     if caused.freed < LEAST_FREED * caused.driven:
         return f"erasing it changes {caused.freed} of the {caused.driven} errors it drives"
-    if sharp.separation < LEAST_SEPARATION or sharp.chance > MOST_CHANCE:
+    if sharp.separation >= LEAST_SEPARATION and sharp.chance > MOST_CHANCE:
+        return (
+            f"too few images tell a mark from a matter of degree ({sharp.valley} between absence "
+            f"and presence, {sharp.peak} at presence)"
+        )
+    if sharp.separation < LEAST_SEPARATION:
         return (
             f"it is a matter of degree ({sharp.valley} images between absence and presence, "
             f"{sharp.peak} at presence): the class's own evidence, not a mark beside it"

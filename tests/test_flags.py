@@ -10,8 +10,17 @@ from planted import OFFSET, MarkedWorld, marked_world, normal
 from scipy.stats import fisher_exact
 from torch import Tensor
 
-from concept_guard.directions import WithinClassPair
-from concept_guard.flags import Association, Candidate, Flag, associate, candidates, confirm
+from concept_guard.directions import Membership, WithinClassPair
+from concept_guard.flags import (
+    Association,
+    Candidate,
+    Flag,
+    _objection,
+    associate,
+    candidates,
+    confirm,
+)
+from concept_guard.influence import Effect
 from concept_guard.probe import Reading
 
 
@@ -240,6 +249,24 @@ def test_a_matter_of_degree_is_the_evidence_of_the_class_and_unconfirmed() -> No
     assert result.flag.status == "unconfirmed"
     assert "matter of degree" in result.flag.reason
     assert result.flag.fixed > 100  # erasing does repair errors: the separation alone decides
+
+
+@pytest.mark.parametrize(
+    ("valley", "peak", "complaint"),
+    [
+        (0, 4, "too few images tell a mark from a matter of degree (0 between"),  # chance .06
+        (0, 5, ""),  # chance .03
+        (20, 30, "it is a matter of degree (20 images between"),
+    ],
+)
+def test_few_images_are_not_called_a_matter_of_degree(
+    valley: int, peak: int, complaint: str
+) -> None:
+    caused = Effect(fixed=5, broken=0, driven=5, freed=5, repaired=5, logit_change=-1.0)
+    sharp = Membership(torch.ones(1, dtype=torch.bool), valley, peak)
+    found = _objection(sharp, caused, 0.9)
+    assert found.startswith(complaint)
+    assert bool(found) == bool(complaint)
 
 
 def only(carriers: int) -> Tensor:
