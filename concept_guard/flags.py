@@ -169,10 +169,11 @@ def confirm(
     planted patch, risk difference alone ranked the patch 1st to 11th of its concepts (16 and 32
     concepts), because parts of a class (a horse's shape on a deer) pull as hard and are repaired
     by erasing as often. Over two fits on each of 55 snapshots (CIFAR-10, digits, small synthetic
-    worlds, 26 of them without a shortcut) the rule keeps the planted mark in 39 of the 48 fits
+    worlds, 26 of them without a shortcut) the rule keeps the planted mark in 38 of the 50 fits
     that have a candidate for it, a part of the mark in 3, and 2 other cells, both on images of
     overlapping colours, where the network has pulled its errors into the wrong class's cluster.
-    Separation of .2 without significance kept 45 and 36; significance at .01, 34 and none.
+    Chosen on the same snapshots, read by a slightly earlier engine: of 48 and all other cells
+    39 and 3; separation of .2 without significance 45 and 36; significance at .01 34 and none.
 
     Args:
         flag: Statistics so far, status `found`.
