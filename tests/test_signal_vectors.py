@@ -35,7 +35,7 @@ def pattern_oracle(rows: Tensor, w: Tensor, bias: float) -> Tensor:
 
 
 def joint_oracle(rows: Tensor, filters: Tensor, biases: Tensor) -> Tensor:
-    """Regress rows on gated factors, by least squares with the ridge as further rows."""
+    """Regress rows on gated factors, by least squares with the ridge as further rows; shrink."""
     factors = rows @ filters.T
     gate = factors > biases
     base = torch.stack([z[~g].mean() for z, g in zip(factors.T, gate.T, strict=True)])
@@ -47,7 +47,21 @@ def joint_oracle(rows: Tensor, filters: Tensor, biases: Tensor) -> Tensor:
     slopes = torch.linalg.lstsq(
         wide, torch.cat([rows - rows.mean(dim=0), torch.zeros(len(filters), rows.shape[1])])
     ).solution
-    return torch.stack([scaled(s, w) for s, w in zip(slopes, filters, strict=True)])
+    left = rows - rows.mean(dim=0) - (gated / size) @ slopes
+    shrunk = shrunk_oracle(slopes, torch.linalg.inv(wide.T @ wide).diagonal(), left)
+    return torch.stack([scaled(s / d, w) for s, d, w in zip(shrunk, size, filters, strict=True)])
+
+
+def shrunk_oracle(slopes: Tensor, variance: Tensor, left: Tensor) -> Tensor:
+    """Shrink along one axis after the other, by t values; variance is that of slopes."""
+    deviation = left.std(dim=0, correction=0)
+    out = torch.zeros_like(slopes)
+    for axis in torch.linalg.svd(left / deviation, full_matrices=False).Vh:
+        noise = float((left / deviation @ axis).square().mean())
+        along = slopes / deviation @ axis
+        chance = (len(slopes) - 2) / float((along.square() / (variance * noise)).sum())
+        out += torch.outer(along * max(0.0, 1 - chance), axis) * deviation
+    return out
 
 
 def some_rows(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +126,42 @@ def test_joint_is_nearer_to_the_truth_where_filters_leak_a_distractor(
     )
     assert joint > 0.9
     assert alone < joint - 0.02
+
+
+def crowded(concepts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return few rows of concepts beside distractors ten times as large; truth and filters."""
+    rng = torch.Generator().manual_seed(1)
+    present = torch.rand(1500, concepts, generator=rng) < 0.08
+    amounts = present * (1 + torch.rand(present.shape, generator=rng, dtype=torch.float64))
+    written = normalize(normal(rng, concepts + 12, 64), dim=1)
+    rows = torch.cat([amounts, 10 * normal(rng, 1500, 12)], dim=1) @ written
+    rows += 0.02 * normal(rng, 1500, 64)
+    filters = torch.linalg.pinv(written).T[:concepts]
+    return rows, written[:concepts], filters, torch.full((concepts,), 0.5).double()
+
+
+def test_shrinkage_takes_most_of_the_noise_of_large_distractors_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, truth, filters, biases = crowded(40)
+    close = torch.cosine_similarity(signal_vectors(rows, filters, biases), truth)
+    shift, scale = normal(torch.Generator().manual_seed(2), 64), 2.0 ** (torch.arange(64) % 8 - 4)
+    moved = signal_vectors(rows * scale + shift, filters / scale, biases + filters / scale @ shift)
+    torch.testing.assert_close(
+        torch.cosine_similarity(moved / scale, truth), close, rtol=0, atol=1e-3
+    )
+    monkeypatch.setattr(encoding, "_shrunk", lambda slopes, *_: slopes)
+    plain = torch.cosine_similarity(signal_vectors(rows, filters, biases), truth)  # control
+    assert float(1 / close.square().mean() - 1) < 0.3 * float(1 / plain.square().mean() - 1)
+    assert float((close > plain).float().mean()) > 0.9
+
+
+def test_two_concepts_are_not_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _, filters, biases = crowded(2)
+    found = signal_vectors(rows, filters, biases)
+    monkeypatch.setattr(encoding, "_shrunk", lambda slopes, *_: slopes)
+    plain = signal_vectors(rows, filters, biases)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-9 * float(plain.abs().max()))
 
 
 def test_patterns_leak_where_concepts_exclude_each_other() -> None:

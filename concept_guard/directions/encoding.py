@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from concept_guard.directions.basis import CHUNK
+from concept_guard.directions.reservoir import sampled
 
 Estimator = Literal["joint", "positives", "pattern"]
 RIDGE = 1e-4  # of unit moments, so that two concepts with the same rows share their signal
 FLOOR = 1e-8  # share of the mean channel variance below which a factor does not vary
 LEAST = 8  # positive rows for the positives-only form
+LEFT = 2**14  # rows on which it is measured what concepts leave
 
 
 def signal_vectors(
@@ -26,18 +28,22 @@ def signal_vectors(
 
     - `joint`: the regression of the row on the gated factors of all concepts at once (a factor's
       excess over its mean in absence where the concept is present, and 0 where it is not), so
-      that rows with several concepts are shared out among them;
+      that rows with several concepts are shared out among them; then shrunk along every axis of
+      what the concepts leave of the rows, by the share of the slopes that is noise there;
     - `positives`: `cov(x, z) / var(z)` over the rows where the one concept is present;
     - `pattern`: the mean row with the concept minus the mean row without it.
 
     All are scaled to `w . s = 1`, which is what makes erasure along `s` idempotent.
 
     Source: arXiv 2509.23926, eq. 1 (positives); Haufe et al. 2014, NeuroImage 87:96-110 (joint,
-    over factors that are not gated); Pahde et al. 2025, pattern-CAV (pattern).
+    over factors that are not gated); Pahde et al. 2025, pattern-CAV (pattern). Shrinkage: James
+    and Stein (1961), positive part, with the concepts as the repeated measurement.
     Departure: joint is the default. Mean cosine to the true encoders on mixtures in 64 channels,
-    joint / positives: 96 concepts .998 / .954, with large distractors .934 / .889; 16 correlated
+    joint / positives: 96 concepts .998 / .954, with large distractors .948 / .889; 16 correlated
     concepts with large distractors .995 / .910. A filter that leaks little of a distractor larger
-    than the concepts bends the one-concept estimate.
+    than the concepts bends the one-concept estimate. Shrinkage matters where concepts are many and
+    distractors large: in 256 channels, 64, 256 and 384 concepts, .978, .953 and .949, without it
+    .967, .877 and .838. Without distractors it changes nothing.
 
     Args:
         rows: `(P, C)` activations.
@@ -103,7 +109,18 @@ class _Sums:
     def joint(self) -> Tensor:
         base = self.base.float()
         square, cross = self._against_rows(lambda factor, gate: (factor - base) * gate)
-        return _regressed(square, cross)
+        slopes, variance = _regressed(square, cross)
+        return _shrunk(slopes, variance / self.total, self._left(slopes, base))
+
+    def _left(self, slopes: Tensor, base: Tensor) -> Tensor:
+        """Return the `(C, C)` covariance of what slopes on gated factors leave of some rows."""
+        rows = sampled(self.rows, LEFT, torch.Generator().manual_seed(0))
+        centred = rows.float() - self.mean
+        factor = centred @ self.filters.T
+        gated = (factor - base) * (factor + self.filters @ self.mean > self.biases)
+        left = centred - gated @ slopes.float()
+        left = left - left.mean(dim=0)
+        return (left.T @ left / len(left)).to(torch.float64)
 
     def pattern(self) -> Tensor:
         square, cross = self._against_rows(lambda _, gate: gate.float())
@@ -120,21 +137,43 @@ class _Sums:
     def ungated(self) -> Tensor:
         middle = self.middle.float()
         square, cross = self._against_rows(lambda factor, _: factor - middle)
-        return _regressed(square, cross)
+        return _regressed(square, cross)[0]
 
     def _variance(self) -> float:
         squares = sum(float((p - self.shift.float()).square().sum()) for p, _, _ in self._parts())
         return squares / self.rows.numel()
 
 
-def _regressed(square: Tensor, cross: Tensor) -> Tensor:
-    """Return the joint regression on regressors with these moments, each scaled to unit size."""
+def _regressed(square: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the joint regression on regressors with these moments, each scaled to unit size.
+
+    The second result is the `(K,)` variance of slopes from one row of unit variance.
+    """
     size = square.diagonal().clamp_min(0).sqrt()
     scale = torch.where(size > 0, 1 / size.clamp_min(1e-300), 0.0)
     unit = scale[:, None] * square * scale
     unit.diagonal().add_(RIDGE)
-    slopes: Tensor = torch.linalg.solve(unit, scale[:, None] * cross)
-    return slopes
+    inverse = torch.linalg.inv(unit)
+    return scale[:, None] * (inverse @ (scale[:, None] * cross)), scale**2 * inverse.diagonal()
+
+
+def _shrunk(slopes: Tensor, variance: Tensor, left: Tensor) -> Tensor:
+    """Return slopes without the share that their noise explains, along every axis of what is left.
+
+    The axes are those of its correlations, so that the scale of channels does not matter. In units
+    of their standard errors slopes along one axis have the mean square 1 if there is nothing but
+    noise. Needs three concepts; fewer stay as they are.
+    """
+    deviation = left.diagonal().sqrt()
+    noisy = deviation > 0
+    inverse = torch.where(noisy, 1 / deviation.clamp_min(1e-300), 0.0)
+    noise, axes = torch.linalg.eigh(inverse[:, None] * left * inverse)
+    along = (slopes * inverse) @ axes
+    errors = variance[:, None] * noise.clamp_min(0)
+    square = (along.square() / errors.clamp_min(1e-300)).sum(dim=0)
+    concepts = int((variance > 0).sum())
+    kept = (1 - max(concepts - 2, 0) / square.clamp_min(1e-300)).clamp_min(0)
+    return torch.where(noisy, (along * kept) @ axes.T * deviation, slopes)
 
 
 def _scaled(signals: Tensor, filters: Tensor) -> Tensor:
