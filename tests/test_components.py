@@ -72,6 +72,19 @@ def test_symmetric_distractors_of_larger_variance_are_not_returned(seed: int) ->
     assert float((found.double() @ beside.T).abs().max()) < 0.7
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_few_mixtures_of_correlated_concepts_are_returned(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = sparse_world(seed, channels=64, concepts=16, active=4, correlated=True)
+    white, truth = white_and_truth(world)
+    found = searched(white, 24)  # more than there are
+    assert 16 <= len(found) < 20
+    assert float(matched(truth, found[:16])[0].min()) > 0.9
+    monkeypatch.setattr(components_module, "OUTSIDE", -1.0)
+    assert len(searched(white, 24)) == 24  # control
+
+
 @pytest.mark.parametrize("shape", [(1000, 16), (2000, 64)])
 def test_normal_rows_have_no_components(rng: torch.Generator, shape: tuple[int, int]) -> None:
     white = whitened(normal(rng, *shape)).float()

@@ -6,7 +6,7 @@ from planted import normal, whitened
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from concept_guard.directions.candidates import CHANCE, CLEAR_CUT
+from concept_guard.directions.candidates import CHANCE, CLEAR
 from concept_guard.directions.clarity import clarity
 from concept_guard.directions.components import begun, drawn
 from concept_guard.directions.splits import SCHEDULE, splits
@@ -58,8 +58,8 @@ def test_few_normal_rows_are_no_clear_cut_once_their_pull_is_taken_off() -> None
         found = splits(white, starts(white))
         corrected.append(float(found.clarities(white.square().sum(dim=1)).max()))
         plain.append(float(found.clarities().max()))
-    assert max(corrected) < CLEAR_CUT
-    assert sorted(plain)[1] > CLEAR_CUT  # control: uncorrected, five of 500 rows look like a mark
+    assert max(corrected) < CLEAR
+    assert sorted(plain)[1] > CLEAR  # control: uncorrected, five of 500 rows look like a mark
 
 
 def test_every_split_is_its_own_discriminant() -> None:

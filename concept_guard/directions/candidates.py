@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 
 from concept_guard.directions.clarity import clarity, excess, split, two_means
 
-CLEAR_CUT = 3.0  # parts of classes have at most 2.4 on CIFAR-10, mixtures of concepts 2.8
-CLEAR = 2.5  # clarity from which the gated factor says more than the skewness
+CLEAR = 2.5  # clarity from which a split says more than skewness; parts of classes have up to 2.4
 CHANCE = 1.8  # normal rows have at most 1.6, or 2.2 in groups of few rows
 ALIKE = 0.6  # correlation of factor or presence from which two candidates are one concept
 EQUAL = 0.95
@@ -96,7 +95,7 @@ def chosen(candidates: Candidates, worth: Tensor, count: int) -> Tensor:
     """Return the candidates of largest worth, one per concept as long as there are enough.
 
     Args:
-        candidates: Any number.
+        candidates: Any number, in the order in which they fill up the number.
         worth: `(n,)`; those of negative infinity are never chosen.
         count: How many to return at most.
 
@@ -106,9 +105,10 @@ def chosen(candidates: Candidates, worth: Tensor, count: int) -> Tensor:
     """
     of_factors, of_presence = map(_correlation, (candidates.factors, candidates.present.float()))
     likeness = torch.maximum(of_factors, of_presence).cpu().numpy()
-    order = [at for at in worth.argsort(descending=True).tolist() if worth[at] > -torch.inf]
+    usable = worth > -torch.inf
+    by_worth = [at for at in worth.argsort(descending=True).tolist() if usable[at]]
     kept: list[int] = []
-    for bound in (ALIKE, EQUAL):
+    for order, bound in ((by_worth, ALIKE), (sorted(by_worth), EQUAL)):
         for at in order:
             if len(kept) < count and at not in kept and not (likeness[at, kept] > bound).any():
                 kept.append(at)

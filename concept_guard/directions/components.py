@@ -15,11 +15,15 @@ from concept_guard.directions.thinning import different
 
 SAME = 0.7  # correlation of factors from which two directions are one concept
 # Climbs of all directions, and the cosine from which they count as one after that.
-SCHEDULE = ((4, 0.95), (6, 0.95), (20, 0.95), (60, SAME))
+SCHEDULE = ((4, 0.95), (6, 0.95), (20, 0.95), (300, SAME))
 BEGUN = ((5, 0.95),)
 LAYERS = 4  # times that what is left is searched
 RIDGE = 1e-4
 CHANCES, MARGIN = 32, 1.05  # climbs in normal rows; with ten times as many up to 1.02 was reached
+STILL = 1 - 1e-6  # cosine of two turns from which a direction is at its maximum
+OUTSIDE = (
+    0.6  # mixtures of correlated concepts have up to .5, new ones of real features .9 and more
+)
 LEVEL = 1e-3  # share of the largest variance below which an axis of what is left is empty
 
 
@@ -57,12 +61,14 @@ def components(white: Tensor, count: int, starts: Tensor, generator: torch.Gener
             break
         left = unexplained(white, found)
         seen = climbed(left, drawn(left, len(starts), generator))
-        seen = seen[_skewness(left, seen) > chance]
         factors = left @ seen.T
         hidden = excess(factors, factors > split(factors))
         turned = normalize((hidden - hidden.mean(dim=0)).T @ white, dim=1)
-        every = torch.cat([found, turned])
-        worth = torch.cat([skewness + 1e6, _skewness(left, seen)])  # what was found stays
+        # Both: gates leave skewed noise behind, of which the rows themselves show nothing.
+        new = torch.minimum(_skewness(left, seen), _skewness(white, turned)) > chance
+        new &= _outside(turned, found) > OUTSIDE
+        every = torch.cat([found, turned[new]])
+        worth = torch.cat([skewness + 1e6, _skewness(left, seen[new])])  # what was found stays
         order = different(every, worth, SAME)
         if len(order) == len(found):
             break
@@ -105,9 +111,16 @@ def climbed(
         `(m, R)` unit vectors, most skewed first.
     """
     for turns, same in schedule:
+        directions = directions.clone()
+        moving = torch.arange(len(directions), device=directions.device)
         for _ in range(turns):
-            lifted = (white @ directions.T).clamp_min_(0.0).square_()
-            directions = normalize(lifted.T @ white, dim=1)
+            before = directions[moving]
+            lifted = (white @ before.T).clamp_min_(0.0).square_()
+            after = normalize(lifted.T @ white, dim=1)
+            directions[moving] = after
+            moving = moving[(after * before).sum(dim=1) < STILL]
+            if not len(moving):
+                break
         directions = directions[different(directions, _skewness(white, directions), same)]
     return directions
 
@@ -135,6 +148,19 @@ def unexplained(white: Tensor, found: Tensor) -> Tensor:
     keep = values > LEVEL * values.max()
     again: Tensor = left @ (axes[:, keep] / values[keep].sqrt()).to(left.dtype)
     return again
+
+
+def _outside(directions: Tensor, found: Tensor) -> Tensor:
+    """Return the energy of directions outside the span of found ones; 1 for a random direction.
+
+    Infinite where the span is more than half of the axes: concepts more than axes lie in it too.
+    """
+    axes = directions.shape[1]
+    if 2 * len(found) > axes:
+        return torch.full_like(directions[:, 0], torch.inf)
+    within = (directions @ torch.linalg.qr(found.T).Q).square().sum(dim=1)
+    outside: Tensor = (1 - within) * axes / (axes - len(found))
+    return outside
 
 
 def _skewness(white: Tensor, directions: Tensor) -> Tensor:

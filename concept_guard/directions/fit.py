@@ -15,10 +15,8 @@ from concept_guard.directions.alignment import Head
 from concept_guard.directions.amplitudes import by_amplitudes
 from concept_guard.directions.basis import CHUNK, Basis
 from concept_guard.directions.candidates import (
-    ALIKE,
     CHANCE,
     CLEAR,
-    CLEAR_CUT,
     Candidates,
     chosen,
     polished,
@@ -35,7 +33,9 @@ from concept_guard.directions.threads import few_threads
 AXES = 64  # axes of the basis, unless more concepts need more
 SEARCHED = 20_000  # rows that are searched; the moments and the signal vectors use all
 DRAWN, DRAWN_EACH = 300, 4  # rows that are climbed from: at least, and per concept; see `init`
+AFFORDED = 4_000_000  # rows times rows climbed from; of few rows more are climbed from
 NEAR = 0.9  # correlation of factors from which a split is the component that it lies near
+PART = 0.45  # correlation of a mixture of four components with each of them is .5
 FAR_CLEARER = 1.25  # mixtures of two components have up to 1.2 times their clarity
 ROOM = 4  # coordinates per row of a group; a smaller group looks clear by chance
 FULL = 4.0  # factor at the mean of the rows that carry a concept
@@ -54,10 +54,10 @@ def fit_pairs(
 
     Filters are directions in white coordinates: those along which rows are most skewed, those
     that show once these are explained (`components`), and those along which rows fall into two
-    groups (`splits`). The K best different ones are kept, clear-cut groups
-    first; filters of bounded amplitude are then turned to where amplitudes are independent
-    (`by_amplitudes`). Signal vectors and biases follow in closed form. There is no descent, so
-    the result does not hang on a learning rate or on a number of epochs.
+    groups (`splits`). The K best different ones are kept, clear splits first; filters of bounded
+    amplitude are then turned to where amplitudes are independent (`by_amplitudes`). Signal vectors
+    and biases follow in closed form. There is no descent, so the result does not hang on a
+    learning rate or on a number of epochs.
 
     The same rows and seed on the same device give the same bits. Work is done in float32, sums in
     float64, whatever autocast does outside. Directions without support (no more skewed than
@@ -116,9 +116,10 @@ def _known(basis: Basis, init: DirectionPairs) -> Tensor:
 
 
 def _found(white: Tensor, known: Tensor, concepts: int, generator: torch.Generator) -> Candidates:
-    """Return the best different candidates: clear-cut ones, components, less clear splits."""
+    """Return the best different candidates: clear ones, components, less clear splits."""
     share = 3 if len(known) else 1
-    of_rows = drawn(white, max(DRAWN, DRAWN_EACH * concepts) // share, generator)
+    wanted = max(DRAWN, DRAWN_EACH * concepts, AFFORDED // len(white)) // share
+    of_rows = drawn(white, wanted, generator)
     skewed = components(white, concepts, torch.cat([known, of_rows]), generator)
     of_rows = begun(white, drawn(white, DRAWN // share, generator))
     groups = splits(white, torch.cat([known, of_rows]))
@@ -127,25 +128,28 @@ def _found(white: Tensor, known: Tensor, concepts: int, generator: torch.Generat
     pool += groups.select(_beside(pool, groups, lengths))
     clear = (pool.clarities(lengths) > CLEAR).nonzero().flatten()
     pool = pool.replaced(clear, polished(white, pool.select(clear)))
-    worth = _worth(pool, len(skewed), lengths, white.shape[1])
+    worth = _worth(pool, len(skewed), concepts, lengths, white.shape[1])
     return pool.select(chosen(pool, worth, concepts))
 
 
-def _worth(pool: Candidates, components: int, lengths: Tensor, coordinates: int) -> Tensor:
+def _worth(
+    pool: Candidates, components: int, concepts: int, lengths: Tensor, coordinates: int
+) -> Tensor:
     """Return the order of choice: what is clear, by clarity; components; other splits.
 
-    Not chosen at all are splits no clearer than chance, of few rows for the coordinates there
-    are, or with most rows of a clear candidate among their own: a mixture with that one.
+    Other splits are chosen only where components are too few, and none that is no clearer than
+    chance, of few rows for the coordinates there are, or a mixture: with most rows of a clear
+    candidate among its own.
     """
     clear = pool.clarities(lengths)
     rank = torch.arange(len(pool)).to(clear)
     is_component = rank < components
-    first = clear > torch.where(is_component, CLEAR, CLEAR_CUT)
+    first = clear > CLEAR
     gate = pool.present.to(clear)
     held = gate.T @ gate / gate.sum(dim=0).clamp_min(1)  # (i, j): share of the rows of j with i
     mixed = ((held > 0.5) & first).any(dim=1)
     usable = (clear > CHANCE) & (gate.sum(dim=0) >= coordinates / ROOM) & ~mixed
-    worth = torch.where(usable, clear, -torch.inf)
+    worth = torch.where(usable & (components < concepts), clear, -torch.inf)
     worth = torch.where(is_component, 1e3 + components - rank, worth)
     return torch.where(first, 1e6 + clear, worth)
 
@@ -153,13 +157,13 @@ def _worth(pool: Candidates, components: int, lengths: Tensor, coordinates: int)
 def _beside(skewed: Candidates, groups: Candidates, lengths: Tensor) -> Tensor:
     """Return positions of the splits that are no component, nor a mixture of some.
 
-    A split that lies near a component is that one; one that is alike to components has to be far
-    clearer than they are.
+    A split that lies near a component is that one; one that may be a mixture of components has to
+    be far clearer than they are.
     """
     if not len(skewed):
         return torch.arange(len(groups), device=lengths.device)
     alike = groups.directions @ skewed.directions.T
-    beaten = torch.where(alike > ALIKE, skewed.clarities(lengths), 0.0).amax(dim=1)
+    beaten = torch.where(alike > PART, skewed.clarities(lengths), 0.0).amax(dim=1)
     far_clearer = groups.clarities(lengths) > FAR_CLEARER * beaten
     return (far_clearer & ~(alike > NEAR).any(dim=1)).nonzero().flatten()
 
