@@ -2,7 +2,12 @@
 
 A resnet10t learns 8,000 CIFAR images with a patch, a tint and a texture planted, each on 90 % of
 one class and 1 % of the others. The rows are its pooled features of 4,000 other images planted the
-same way, so presence is known per image; the methods are not told of it.
+same way, so presence is known per image; the methods are not told of it. One further row per
+shortcut is: a logistic regression on the labels, what any linear reading could reach at best.
+
+The tint's strength was chosen on seed 100, which no table holds, by that supervised row alone: .25
+and .35 of orange were read with precision .90 and .98 at recall .90, .45 with .995, next to 1.0 for
+patch and texture.
 """
 
 import time
@@ -24,7 +29,11 @@ from cifar_patch import (
 )
 from recovery_report import OURS, Results
 from recovery_rivals import NONNEGATIVE_RIVALS, RIVALS, Facts, Found
-from recovery_scores import agreement, detector_scores
+from recovery_scores import agreement, auc, detector_scores
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from concept_guard import fit_pairs
@@ -42,12 +51,13 @@ FIELDS = (
     "seconds",
 )
 CONCEPTS, ACTIVE = 32, 4
+SUPERVISED, FOLDS, STRENGTH = "with labels", 5, 0.01  # inverse strength of the ridge
 IN_CLASS, ELSEWHERE = 0.90, 0.01
-TINT, TINT_SHARE, STRIPE, STRIPE_PERIOD = (255.0, 140.0, 0.0), 0.25, 16.0, 4
+TINT, TINT_SHARE, STRIPE, STRIPE_PERIOD = (255.0, 140.0, 0.0), 0.45, 16.0, 4
 
 
 def tinted(images: Tensor) -> Tensor:
-    """Return the images blended with a quarter of orange."""
+    """Return the images blended with orange."""
     colour = torch.tensor(TINT)[:, None, None]
     return (images.float() * (1 - TINT_SHARE) + colour * TINT_SHARE).round().to(torch.uint8)
 
@@ -154,6 +164,10 @@ def run_real(results: Results, seeds: int, data: Path, out: Path) -> None:
                 scores = detector_scores(found, rows, stored["present"][:, k], outside)
                 scores |= {"blame": float(stored["blame"][k]), "seconds": seconds}
                 results.add(cell, seed, name, scores)
+        for k, cell in enumerate(SHORTCUTS):
+            if not results.has(cell, seed, SUPERVISED):
+                scores = supervised(rows, stored["present"][:, k], stored["labels"] != k)
+                results.add(cell, seed, SUPERVISED, scores | {"blame": float(stored["blame"][k])})
         if not results.has("two seeds", seed, OURS):
             two = agreement(engine(rows, 0), engine(rows, 1), rows)
             results.add("two seeds", seed, OURS, two)
@@ -166,3 +180,18 @@ def run_real(results: Results, seeds: int, data: Path, out: Path) -> None:
 def engine(rows: Tensor, seed: int) -> Found:
     """Fit the pairs to rows."""
     return Found.of_pairs(fit_pairs(rows, concepts=CONCEPTS, seed=seed))
+
+
+def supervised(rows: Tensor, present: Tensor, outside: Tensor) -> dict[str, float]:
+    """Return the scores of a logistic regression that is told the presence, cross-validated."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
+    x, y = rows.double().numpy(), present.numpy()
+    read = torch.from_numpy(cross_val_predict(model, x, y, cv=FOLDS, method="decision_function"))
+    on, z = read > 0, read[:, None]
+    hits = float((on & present).sum())
+    return {
+        "auc": float(auc(z, present[:, None])),
+        "auc_outside": float(auc(z[outside], present[outside, None])),
+        "precision": hits / max(1, int(on.sum())),
+        "recall": hits / max(1, int(present.sum())),
+    }

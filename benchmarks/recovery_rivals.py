@@ -199,7 +199,7 @@ def dictionary(rows: Tensor, concepts: int, seed: int, facts: Facts) -> Found:
 
 RIVALS: dict[str, Rival] = {
     "FastICA": fast_ica,
-    "FastICA, skewness": fast_ica_skewed,
+    "FastICA skewness": fast_ica_skewed,
     "PCA": pca,
     "k-means": k_means,
     "sparse autoencoder": sparse_autoencoder,
