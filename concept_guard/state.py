@@ -16,6 +16,7 @@ from concept_guard.records import RoundReport
 from concept_guard.tracking import Tracked
 
 SCHEMA_VERSION = 1
+TENSORS = ("filters", "signals", "biases")  # of direction pairs
 
 
 def check(saved: Mapping[str, Any], expected: Mapping[str, Any], known: set[str]) -> None:
@@ -49,9 +50,6 @@ def check(saved: Mapping[str, Any], expected: Mapping[str, Any], known: set[str]
             f"guard state belongs to another model: {'; '.join(wrong)}. Build the model and the "
             "guard as in the run that saved it, or do not load this state"
         )
-
-
-TENSORS = ("filters", "signals", "biases")
 
 
 def from_pairs(pairs: DirectionPairs | None) -> dict[str, Any] | None:

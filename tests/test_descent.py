@@ -232,7 +232,8 @@ def test_dead_channels_and_more_concepts_than_channels_give_finite_pairs(images:
         (torch.zeros(4, 2), 2, "rows: 4 rows without any variation"),
         (torch.rand(1, 2), 2, "rows: 1 rows without any variation"),
         (torch.tensor([[1.0, torch.nan], [0, 1]]), 2, "rows: 1 of 2 hold NaN"),
-        (torch.eye(4), 1, "concepts: got 1, expected at least 2"),
+        (torch.eye(4), 1, "concepts: got 1, expected 2 to 4, the number of rows"),
+        (torch.ones(2, 2), 3, "rows: 2 rows without any.*; concepts: got 3, expected 2 to 2"),
     ],
 )
 def test_bad_arguments_are_named(rows: Tensor, concepts: int, complaint: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from concept_guard.directions import losses
 from concept_guard.directions.alignment import Head, alignment
+from concept_guard.directions.checks import faults
 from concept_guard.directions.detectors import Free, Space, Tied, held, orthonormal
 from concept_guard.directions.encoding import Estimator, signal_vectors
 from concept_guard.directions.pairs import DirectionPairs
@@ -134,11 +135,14 @@ def descend_pairs(
 
     Raises:
         ValueError: Rows are not finite, do not vary or have no such shape, or `concepts` is
-            below 2.
+            below 2 or above their number.
     """
-    wrong = _wrong(rows, concepts)
+    if rows.ndim not in {2, 3} or not rows.is_floating_point():
+        kind = f"{tuple(rows.shape)} {rows.dtype}"
+        raise ValueError(f"rows: got {kind}, expected floating (P, C) rows or (N, Q, C) images")
+    wrong = faults(rows.flatten(0, -2), concepts)
     if wrong:
-        raise ValueError(wrong)
+        raise ValueError("; ".join(wrong))
     images = (rows[:, None] if rows.ndim == 2 else rows).detach().float()
     task = _Task(
         images,
@@ -305,17 +309,3 @@ class _Step:
             gain = plan.penalty / plan.patience * violation.detach()
             multipliers[name] = torch.relu(multiplier + gain)
         return torch.stack(added).sum()
-
-
-def _wrong(rows: Tensor, concepts: int) -> str:
-    """Return what is wrong with the arguments, or nothing."""
-    if rows.ndim not in {2, 3} or not rows.is_floating_point():
-        kind = f"{tuple(rows.shape)} {rows.dtype}"
-        return f"rows: got {kind}, expected floating (P, C) rows or (N, Q, C) images"
-    flat = rows.flatten(0, -2)
-    bad = int((~flat.isfinite().all(dim=1)).sum())
-    if bad:
-        return f"rows: {bad} of {len(flat)} hold NaN or infinite values; leave them out"
-    if len(flat) < 2 or float(flat.float().std(dim=0).max()) == 0.0:
-        return f"rows: {len(flat)} rows without any variation; collect more activations"
-    return "" if concepts >= 2 else f"concepts: got {concepts}, expected at least 2"

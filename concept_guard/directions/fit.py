@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from concept_guard.directions.alignment import Head
 from concept_guard.directions.amplitudes import by_amplitudes
-from concept_guard.directions.basis import CHUNK, Basis
+from concept_guard.directions.basis import Basis
 from concept_guard.directions.candidates import (
     CHANCE,
     CLEAR,
@@ -21,6 +21,7 @@ from concept_guard.directions.candidates import (
     chosen,
     polished,
 )
+from concept_guard.directions.checks import faults
 from concept_guard.directions.clarity import excess
 from concept_guard.directions.components import begun, components, drawn
 from concept_guard.directions.descent import descend_pairs
@@ -200,17 +201,10 @@ def _check(rows: Tensor, concepts: int, init: DirectionPairs | None) -> None:
     Raises:
         ValueError: Naming everything that is wrong with them.
     """
-    wrong = []
     if rows.ndim != 2 or not rows.shape[1] or not rows.is_floating_point():
         kind = f"{tuple(rows.shape)} {rows.dtype}"
         raise ValueError(f"rows: got {kind}, expected (P, C) floating activations")
-    bad = sum(int((~part.isfinite().all(dim=1)).sum()) for part in rows.split(CHUNK))
-    if bad:
-        wrong.append(f"rows: {bad} of {len(rows)} hold NaN or infinite values; leave them out")
-    elif len(rows) < 2 or bool((rows.amax(dim=0) == rows.amin(dim=0)).all()):
-        wrong.append(f"rows: {len(rows)} rows without any variation; collect more activations")
-    if not 2 <= concepts <= max(2, len(rows)):
-        wrong.append(f"concepts: got {concepts}, expected 2 to {len(rows)}, the number of rows")
+    wrong = faults(rows, concepts)
     if init is not None and init.filters.shape[1] != rows.shape[1]:
         wrong.append(
             f"init: its filters have {init.filters.shape[1]} channels, expected {rows.shape[1]}; "
