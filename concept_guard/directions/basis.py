@@ -85,7 +85,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     scatter = torch.zeros((rows.shape[1],) * 2, dtype=torch.float64, device=rows.device)
     for part in rows.split(CHUNK):
         centred = part.float() - near
-        total += centred.sum(dim=0, dtype=torch.float64)
+        total += centred.sum(dim=0)
         scatter += (centred.T @ centred).to(torch.float64)
     shift = total / len(rows)
     return near + shift, scatter / len(rows) - torch.outer(shift, shift)

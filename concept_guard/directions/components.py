@@ -11,16 +11,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from concept_guard.directions.clarity import excess, split
-from concept_guard.directions.thinning import different
+from concept_guard.directions.reservoir import sampled
+from concept_guard.directions.thinning import STILL, different
 
 SAME = 0.7  # correlation of factors from which two directions are one concept
-# Climbs of all directions, and the cosine from which they count as one after that.
-SCHEDULE = ((4, 0.95), (6, 0.95), (20, 0.95), (300, SAME))
-BEGUN = ((5, 0.95),)
+GLANCE = 5_000  # rows that are enough to find the way; half the time, the same maxima
+# Climbs of all directions, on how many rows, and the cosine from which they count as one after it.
+SCHEDULE = (
+    (4, GLANCE, 0.95),
+    (6, GLANCE, 0.95),
+    (20, None, 0.95),
+    (300, None, SAME),
+)
+BEGUN = ((5, None, 0.95),)
 LAYERS = 4  # times that what is left is searched
 RIDGE = 1e-4
 CHANCES, MARGIN = 32, 1.05  # climbs in normal rows; with ten times as many up to 1.02 was reached
-STILL = 1 - 1e-6  # cosine of two turns from which a direction is at its maximum
 OUTSIDE = (
     0.6  # mixtures of correlated concepts have up to .5, new ones of real features .9 and more
 )
@@ -98,30 +104,36 @@ def begun(white: Tensor, directions: Tensor) -> Tensor:
 
 
 def climbed(
-    white: Tensor, directions: Tensor, schedule: Sequence[tuple[int, float]] = SCHEDULE
+    white: Tensor,
+    directions: Tensor,
+    schedule: Sequence[tuple[int, int | None, float]] = SCHEDULE,
 ) -> Tensor:
     """Climb to maxima of skewness, `b <- E[max(b.x, 0)^2 x]`, and keep each of them once.
 
     Args:
         white: `(P, R)` rows with unit covariance.
         directions: `(n, R)` unit vectors to begin with.
-        schedule: Turns, and the cosine from which directions are the same after them.
+        schedule: Turns, rows they are taken on (None: all), and the cosine from which directions
+            are the same after them.
 
     Returns:
         `(m, R)` unit vectors, most skewed first.
     """
-    for turns, same in schedule:
+    for turns, count, same in schedule:
+        rows = white
+        if count is not None:
+            rows = sampled(white, count, torch.Generator().manual_seed(0))
         directions = directions.clone()
         moving = torch.arange(len(directions), device=directions.device)
         for _ in range(turns):
             before = directions[moving]
-            lifted = (white @ before.T).clamp_min_(0.0).square_()
-            after = normalize(lifted.T @ white, dim=1)
+            lifted = (rows @ before.T).clamp_min_(0.0).square_()
+            after = normalize(lifted.T @ rows, dim=1)
             directions[moving] = after
             moving = moving[(after * before).sum(dim=1) < STILL]
             if not len(moving):
                 break
-        directions = directions[different(directions, _skewness(white, directions), same)]
+        directions = directions[different(directions, _skewness(rows, directions), same)]
     return directions
 
 

@@ -80,7 +80,7 @@ class _Sums:
             count = count + gate.sum(dim=0, dtype=torch.float64)
             raw = raw + factor.sum(dim=0, dtype=torch.float64)
             absent = absent + (factor * ~gate).sum(dim=0, dtype=torch.float64)
-            x = x + part.sum(dim=0, dtype=torch.float64)
+            x = x + part.sum(dim=0)
         self.count, self.total, self.shift = count, len(rows), x / len(rows)
         self.middle = raw / self.total
         self.base = absent / (self.total - count).clamp_min(1)

@@ -3,12 +3,13 @@
 Nothing here knows about concepts that are a matter of degree.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from concept_guard.directions.candidates import Candidates
 from concept_guard.directions.clarity import clarity, split, two_means
-from concept_guard.directions.thinning import different
+from concept_guard.directions.thinning import STILL, different
 
 # Turns of all directions, and the cosine from which they count as one before that.
 SCHEDULE = ((3, 0.97), (5, 0.95), (10, 0.95), (20, 0.95))
@@ -42,14 +43,20 @@ def splits(white: Tensor, starts: Tensor) -> Candidates:
     directions = starts
     thresholds = split(white @ directions.T)
     for turns, same in SCHEDULE:
-        worth = clarity(white @ directions.T, white @ directions.T > thresholds)
-        keep = different(directions, worth, same)
+        factors = white @ directions.T
+        keep = different(directions, clarity(factors, factors > thresholds), same)
         directions, thresholds = directions[keep], thresholds[keep]
+        moving = torch.arange(len(directions), device=directions.device)
         for _ in range(turns):
-            factors = white @ directions.T
-            thresholds = two_means(factors, thresholds, rounds=2)
-            directions = _discriminants(white, factors > thresholds)
-            thresholds = two_means(white @ directions.T, thresholds, rounds=1)
+            before = directions[moving]
+            factors = white @ before.T
+            halfway = two_means(factors, thresholds[moving], rounds=2)
+            after = _discriminants(white, factors > halfway)
+            directions[moving] = after
+            thresholds[moving] = two_means(white @ after.T, halfway, rounds=1)
+            moving = moving[(after * before).sum(dim=1) < STILL]
+            if not len(moving):
+                break
     factors = white @ directions.T
     thresholds = two_means(factors, thresholds)
     clear = clarity(factors, factors > thresholds, lengths)

@@ -6,6 +6,8 @@ Nothing here knows how directions were found.
 import torch
 from torch import Tensor
 
+STILL = 1 - 1e-6  # cosine from which two directions are one up to rounding
+
 
 def different(directions: Tensor, worth: Tensor, same: float) -> Tensor:
     """Return which directions to keep so that no two of them are alike.
