@@ -39,7 +39,8 @@ def components(white: Tensor, count: int, starts: Tensor, generator: torch.Gener
     A row of few concepts lies near the directions of these, so rows are climbed from, and more
     directions than axes can be found. Where concepts are correlated or many, some have no maximum
     of their own. They have one in what the known ones leave unexplained, made white again; their
-    filter is the regression of the factor found there on the rows.
+    filter is the regression of the factor found there on the rows, or the maximum that it lies
+    below, if that is new.
 
     Source: Hyvarinen and Oja (2000), Neural Networks 13:411-430, section 6 (fixed point for one
     unit, here with the square, one-sided, as nonlinearity).
@@ -70,15 +71,18 @@ def components(white: Tensor, count: int, starts: Tensor, generator: torch.Gener
         factors = left @ seen.T
         hidden = excess(factors, factors > split(factors))
         turned = normalize((hidden - hidden.mean(dim=0)).T @ white, dim=1)
-        # Both: gates leave skewed noise behind, of which the rows themselves show nothing.
+        # Gates leave skewed noise behind, of which the rows themselves show nothing.
         new = torch.minimum(_skewness(left, seen), _skewness(white, turned)) > chance
-        new &= _outside(turned, found) > OUTSIDE
-        every = torch.cat([found, turned[new]])
-        worth = torch.cat([skewness + 1e6, _skewness(left, seen[new])])  # what was found stays
+        turned = turned[new & (_outside(turned, found) > OUTSIDE)]
+        every = torch.cat([found, climbed(white, turned), turned])
+        worth = _skewness(white, every)
+        worth[: len(found)] += 1e6  # what was found stays
+        worth[len(every) - len(turned) :] -= 1e6
         order = different(every, worth, SAME)
         if len(order) == len(found):
             break
-        found, skewness = every[order], torch.where(worth > 1e5, worth - 1e6, worth)[order]
+        found = every[order]
+        skewness = _skewness(white, found)
     return found[:count]
 
 

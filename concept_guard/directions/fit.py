@@ -33,8 +33,9 @@ from concept_guard.directions.threads import few_threads
 
 AXES, ROWS_EACH = 64, 128  # axes of the basis at least; rows searched per further one
 SEARCHED = 20_000  # rows that are searched; the moments and the signal vectors use all
-DRAWN, DRAWN_EACH = 300, 4  # rows that are climbed from: at least, and per concept; see `init`
+DRAWN, DRAWN_EACH = 600, 4  # rows that are climbed from: at least, and per concept; see `init`
 AFFORDED = 4_000_000  # rows times rows climbed from; of few rows more are climbed from
+SPLIT = 300  # rows that splits begin at
 NEAR = 0.9  # correlation of factors from which a split is the component that it lies near
 PART = 0.45  # correlation of a mixture of four components with each of them is .5
 FAR_CLEARER = 1.25  # mixtures of two components have up to 1.2 times their clarity
@@ -128,7 +129,7 @@ def _found(white: Tensor, known: Tensor, concepts: int, generator: torch.Generat
     wanted = max(DRAWN, DRAWN_EACH * concepts, AFFORDED // len(white)) // share
     of_rows = drawn(white, wanted, generator)
     skewed = components(white, concepts, torch.cat([known, of_rows]), generator)
-    of_rows = begun(white, drawn(white, DRAWN // share, generator))
+    of_rows = begun(white, drawn(white, SPLIT // share, generator))
     groups = splits(white, torch.cat([known, of_rows]))
     lengths = white.square().sum(dim=1)
     pool = Candidates.of(white, skewed)
