@@ -31,7 +31,7 @@ from concept_guard import fit_pairs
 
 FIELDS = ("rows", "channels", "concepts", "seconds", "encoder", "value")
 NEAR = 0.01
-COMPARED = "cold, non-negative"
+COMPARED, TURNS = "cold, non-negative", 3
 PRODUCTS = {
     "aten::mm",
     "aten::addmm",
@@ -115,20 +115,22 @@ def cold_and_warm(results: Results, sizes: Sizes) -> None:
 
 
 def compare(results: Results, sizes: Sizes) -> None:
-    """Time the engine, scikit-learn's NMF with its default settings, and the autoencoder.
+    """Time the engine, scikit-learn's NMF with its default settings, and the autoencoder, in turns.
 
     The autoencoder's seconds are those until its encoder cosine is within .01 of its last, of
     which the column `value` has the seconds; that of NMF has its iterations.
     """
     truth = sizes.easy()
     size = shape(truth.rows, sizes.concepts)
-    if not results.has(COMPARED, 0, OURS):
-        results.add(COMPARED, 0, OURS, timed_fit(truth, sizes.concepts)[0])
-    if not results.has(COMPARED, 0, "sparse autoencoder"):
-        row = size | time_autoencoder(truth, sizes.concepts)
-        results.add(COMPARED, 0, "sparse autoencoder", row)
-    if not results.has(COMPARED, 0, "NMF"):
-        results.add(COMPARED, 0, "NMF", size | time_nmf(truth, sizes.concepts))
+    timed = {
+        OURS: lambda: timed_fit(truth, sizes.concepts)[0],
+        "sparse autoencoder": lambda: time_autoencoder(truth, sizes.concepts),
+        "NMF": lambda: time_nmf(truth, sizes.concepts),
+    }
+    for turn in range(TURNS):
+        for name, measure in timed.items():
+            if not results.has(COMPARED, turn, name):
+                results.add(COMPARED, turn, name, size | measure())
 
 
 def time_nmf(truth: World, concepts: int) -> dict[str, float]:
@@ -271,6 +273,13 @@ def exponent(rows: list[Row], kind: str) -> float:
     return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else math.nan
 
 
+def ratios(rows: list[Row], name: str) -> str:
+    """Return the quotients of a rival's and the engine's seconds, turn by turn."""
+    seconds = {(r["method"], r["seed"]): float(r["seconds"]) for r in rows if r["cell"] == COMPARED}
+    turns = [seed for method, seed in seconds if method == name]
+    return ", ".join(f"{seconds[name, t] / seconds[OURS, t]:.1f}" for t in turns)
+
+
 def print_speed(rows: list[Row]) -> None:
     """Print every measurement and the exponents."""
     print("\nspeed")
@@ -278,5 +287,7 @@ def print_speed(rows: list[Row]) -> None:
         size = f"{float(r['rows']):.0f} x {float(r['channels']):.0f}, K={float(r['concepts']):.0f}"
         named = [f"{n} {float(r[n]):.3f}" for n in ("seconds", "encoder", "value") if r[n]]
         print(f"  {r['cell']:38} {r['method']:20} {size:26} {'  '.join(named)}")
+    for name in ("sparse autoencoder", "NMF"):
+        print(f"  {name}, times the engine's seconds on the same rows: {ratios(rows, name)}")
     for kind in ("rows", "concepts"):
         print(f"  exponent of the seconds in {kind}: {exponent(rows, kind):.2f}")
