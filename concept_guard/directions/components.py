@@ -15,21 +15,16 @@ from concept_guard.directions.reservoir import sampled
 from concept_guard.directions.thinning import STILL, different
 
 SAME = 0.7  # correlation of factors from which two directions are one concept
-GLANCE = 5_000  # rows that are enough to find the way; half the time, the same maxima
+# Rows of the first turns. Of 128 concepts in 512 channels the climbs from 512 rows miss 6.4 % on
+# these, 2.2 % on all of 20,000 in twice the time; what is missed shows in what is left.
+GLANCE = 5_000
 # Climbs of all directions, on how many rows, and the cosine from which they count as one after it.
-SCHEDULE = (
-    (4, GLANCE, 0.95),
-    (6, GLANCE, 0.95),
-    (20, None, 0.95),
-    (300, None, SAME),
-)
+SCHEDULE = ((4, GLANCE, 0.95), (6, GLANCE, 0.95), (20, None, 0.95), (300, None, SAME))
 BEGUN = ((5, None, 0.95),)
 LAYERS = 4  # times that what is left is searched
 RIDGE = 1e-4
 CHANCES, MARGIN = 32, 1.05  # climbs in normal rows; with ten times as many up to 1.02 was reached
-OUTSIDE = (
-    0.6  # mixtures of correlated concepts have up to .5, new ones of real features .9 and more
-)
+OUTSIDE = 0.6  # mixtures of correlated concepts have up to .5, new ones of features .9 or more
 LEVEL = 1e-3  # share of the largest variance below which an axis of what is left is empty
 
 

@@ -14,13 +14,7 @@ from torch.nn.functional import normalize
 from concept_guard.directions.alignment import Head
 from concept_guard.directions.amplitudes import by_amplitudes
 from concept_guard.directions.basis import Basis
-from concept_guard.directions.candidates import (
-    CHANCE,
-    CLEAR,
-    Candidates,
-    chosen,
-    polished,
-)
+from concept_guard.directions.candidates import CHANCE, CLEAR, Candidates, chosen, polished
 from concept_guard.directions.checks import faults
 from concept_guard.directions.clarity import excess
 from concept_guard.directions.components import begun, components, drawn
