@@ -119,6 +119,17 @@ def test_climbs_end_where_the_direction_is_its_own_mean_of_squares() -> None:
     assert len(some) > len(found)  # a little climbing merges less
 
 
+def test_only_the_most_promising_climbs_go_on_if_asked() -> None:
+    white, truth = white_and_truth(sparse_world(0))
+    starts = normalize(white[:100], dim=1)
+    few = climbed(white, starts, most=4)
+    assert 1 <= len(few) <= 4 < len(climbed(white, starts))
+    assert float((few @ truth.T.float()).amax(dim=1).min()) > 0.9  # what is dropped is not them
+    worst = starts[(white @ starts.T).pow(3).mean(dim=0).argsort()[:4]]
+    control = climbed(white, worst, ((1, None, 0.95),))  # the least promising have no concept yet
+    assert float((control @ truth.T.float()).amax(dim=1).max()) < 0.9
+
+
 def test_nothing_of_found_concepts_is_left_of_the_rows() -> None:
     world = sparse_world(0, concepts=12, channels=24, active=2, noise=0.3)
     white, truth = white_and_truth(world)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 2**14  # rows that are worked on at a time, so that memory stays a fraction of the rows'
+CHUNK = 2**12  # rows that are worked on at a time; with 2**14 the moments take a third longer
 DEAD = 1e-6  # share of the largest deviation below which a channel is constant
 FLAT = 1e-6  # share of the largest variance below which an axis is empty
 

@@ -92,10 +92,11 @@ def two_means(factors: Tensor, threshold: Tensor, rounds: int = ROUNDS) -> Tenso
         `(K,)` thresholds; one that leaves a side empty stays where it is.
     """
     total = factors.sum(dim=0)
+    gate = torch.empty_like(factors)  # one for all rounds: to take memory costs more than the sums
     for _ in range(rounds):
-        gate = (factors > threshold).to(factors)
+        torch.gt(factors, threshold, out=gate)
         on = gate.sum(dim=0)
-        high = (factors * gate).sum(dim=0)
+        high = gate.mul_(factors).sum(dim=0)
         off = len(factors) - on
         moved = 0.5 * (high / on.clamp_min(1) + (total - high) / off.clamp_min(1))
         threshold = torch.where((on > 0) & (off > 0), moved, threshold)

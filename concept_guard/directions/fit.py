@@ -159,12 +159,12 @@ def _worth(
 def _beside(skewed: Candidates, groups: Candidates, lengths: Tensor) -> Tensor:
     """Return positions of the splits that are no component, nor a mixture of some.
 
-    A split that lies near a component is that one; one that may be a mixture of components has to
-    be far clearer than they are.
+    A split that lies near a component is that one, whichever of its sides is called present; one
+    that may be a mixture of components, or the absence of all of them, has to be far clearer.
     """
     if not len(skewed):
         return torch.arange(len(groups), device=lengths.device)
-    alike = groups.directions @ skewed.directions.T
+    alike = (groups.directions @ skewed.directions.T).abs()
     beaten = torch.where(alike > PART, skewed.clarities(lengths), 0.0).amax(dim=1)
     far_clearer = groups.clarities(lengths) > FAR_CLEARER * beaten
     return (far_clearer & ~(alike > NEAR).any(dim=1)).nonzero().flatten()
