@@ -125,9 +125,13 @@ def _ica(rows: Tensor, components: int, seed: int, fun: Contrast = "logcosh") ->
     inward = axes[:, keep] / variance[keep].sqrt()
     outward = axes[:, keep] * variance[keep].sqrt()
     model = FastICA(whiten=False, fun=fun, max_iter=ICA_STEPS, tol=1e-3, random_state=seed)
-    with warnings.catch_warnings():
+    white = centred @ inward
+    with warnings.catch_warnings(), np.errstate(over="ignore"):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((centred @ inward).float().numpy())
+        try:
+            model.fit(white.float().numpy())
+        except ValueError:  # overflow, of which float64 is safe and takes twice the time
+            model.fit(white.numpy())
     unmixing = torch.from_numpy(np.asarray(model.components_)).double().nan_to_num()
     return Found(unmixing @ outward.T, unmixing @ inward.T)
 

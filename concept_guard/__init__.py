@@ -5,7 +5,8 @@ The stages, in the order of the data flow:
     taps         read activations where the model makes them, without leaving a trace
     directions   find encoding-decoding direction pairs in them, without concept labels
     influence    what moving along an encoding direction does to logits
-    flags        which concepts drive errors: effect, exact test, multiplicity, confirmation
+    association  which concepts go with errors: effect, exact test, multiplicity
+    flags        which of these cause them, confirmed by erasing
     tracking     keep a flagged pair true while the network moves
     correction   project out, rebalance, bake into the weights
     logs         records, cards, TensorBoard

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from concept_guard.association import Sensitivity
 from concept_guard.flags import Flag
 from concept_guard.probe import Reading
 
@@ -104,7 +105,9 @@ def error_share_explained(
     return float(explained.sum() / wrong.sum().clamp_min(1))
 
 
-def verdict(flags: Sequence[Flag], errors: int, images: int, alpha: float) -> str:
+def verdict(
+    flags: Sequence[Flag], errors: int, images: int, alpha: float, seen: Sensitivity
+) -> str:
     """Say in one sentence what was flagged, or why nothing could be.
 
     Args:
@@ -112,6 +115,7 @@ def verdict(flags: Sequence[Flag], errors: int, images: int, alpha: float) -> st
         errors: Probe images predicted wrongly.
         images: Probe images read.
         alpha: False-discovery level.
+        seen: How small a shortcut these images can show.
 
     Returns:
         One sentence.
@@ -120,10 +124,14 @@ def verdict(flags: Sequence[Flag], errors: int, images: int, alpha: float) -> st
     if held:
         parts = [f"concept {f.concept} drives errors towards class {f.class_index}" for f in held]
         return f"flagged: {'; '.join(parts)}"
-    seen = f"{errors} errors seen on {images} probe images"
+    basis = f"{errors} errors seen on {images} probe images"
+    limits = (
+        f"a shortcut on fewer than {seen.least} images of other classes cannot be seen with these, "
+        f"one that misleads on half of its images is likely to be from {seen.likely} on"
+    )
     if not flags:
-        return f"no evidence: {seen}, no concept goes with them (q <= {alpha:g})"
+        return f"no evidence: {basis}, no concept goes with them (q <= {alpha:g}); {limits}"
     return (
-        f"no evidence: {seen}, {len(flags)} concepts go with some of them but are not confirmed "
-        "as their cause"
+        f"no evidence: {basis}, {len(flags)} concepts go with some of them but are not confirmed "
+        f"as their cause; {limits}"
     )

@@ -41,6 +41,9 @@ class RoundReport:
         new: Ids of the concepts that the last round did not have; empty in the first round.
         vanished: Ids of the last round that are gone.
         notes: What the search for concepts has to say, such as why there are so few.
+        seen_from: Images of other classes that must carry a shortcut for it to be seen at all.
+        likely_seen_from: From how many on one that misleads on half of them is seen with
+            probability .8.
     """
 
     step: int
@@ -65,6 +68,8 @@ class RoundReport:
     new: tuple[int, ...] = ()
     vanished: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    seen_from: int = 0
+    likely_seen_from: int = 0
 
     @property
     def identity(self) -> str:
@@ -104,7 +109,7 @@ def _rows(
         (
             str(flag.concept),
             _name(class_names, flag.class_index),
-            f"{flag.risk_difference:+.3f}",
+            f"{flag.risk_difference:+.2f} [{flag.interval[0]:+.2f}, {flag.interval[1]:+.2f}]",
             f"{flag.q_value:.2g}",
             f"{flag.fixed}/{flag.broken}",
             str(flag.present),

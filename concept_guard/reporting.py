@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from concept_guard import measures
+from concept_guard.association import sensitivity
 from concept_guard.cards import Card, displayable
 from concept_guard.corrector import Corrector
 from concept_guard.flags import Flag
@@ -55,6 +56,13 @@ def report(
     groups = [carried[flag.concept] for flag in held]
     errors = int((logits.argmax(dim=1) != labels).sum())
     after = if_erased
+    seen = sensitivity(
+        logits.argmax(dim=1),
+        labels,
+        logits.shape[1],
+        concepts=len(found.concepts),
+        alpha=alpha,
+    )
     return RoundReport(
         step=step,
         concepts=found.concepts,
@@ -75,11 +83,13 @@ def report(
         images_seen=len(labels),
         seconds=seconds,
         overhead=overhead,
-        verdict=measures.verdict(flags, errors, len(labels), alpha),
+        verdict=measures.verdict(flags, errors, len(labels), alpha, seen),
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
         notes=found.pairs.notes,
+        seen_from=seen.least,
+        likely_seen_from=seen.likely,
     )
 
 

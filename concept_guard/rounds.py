@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from concept_guard.association import Association, associate
 from concept_guard.config import GuardConfig
 from concept_guard.correction import projection
 from concept_guard.directions import (
@@ -21,7 +22,7 @@ from concept_guard.directions import (
     refine_membership,
     within_class_pair,
 )
-from concept_guard.flags import Association, Candidate, Flag, associate, candidates, confirm
+from concept_guard.flags import Candidate, Flag, candidates, confirm
 from concept_guard.probe import Reading
 from concept_guard.taps import Edit
 from concept_guard.tracking import Tracked
@@ -251,6 +252,7 @@ def _confirmed(
         concept=concept,
         class_index=at[1],
         risk_difference=float(found.difference[at]),
+        interval=(float(found.low[at]), float(found.high[at])),
         p_value=float(found.p_value[at]),
         q_value=float(found.q_value[at]),
         fixed=0,

@@ -375,6 +375,7 @@ def test_causes_name_class_evidence_and_status() -> None:
         concept=4,
         class_index=1,
         risk_difference=0.625,
+        interval=(0.5, 0.7),
         q_value=1.2e-9,
         present=31,
         fixed=11,
@@ -383,8 +384,8 @@ def test_causes_name_class_evidence_and_status() -> None:
         reason="it is a matter of degree",
     )
     assert causes([flag], ["ant", "bee"], 90, "1 flag").splitlines() == [
-        "concept 4 -> class bee, erased: risk difference +0.62, q = 1.2e-09; present in 31 of 90 "
-        "probe images; erasing it there fixes 11 predictions and breaks 1",
+        "concept 4 -> class bee, erased: risk difference +0.62 [+0.50, +0.70], q = 1.2e-09; "
+        "present in 31 of 90 probe images; erasing it there fixes 11 predictions and breaks 1",
         "    it is a matter of degree",
         "guard: 1 flag",
     ]

@@ -21,7 +21,7 @@ LAYERS = [
     {"probe", "sites"},
     {"taps"},
     {"directions"},
-    {"influence"},
+    {"influence", "association"},
     {"flags"},
     {"tracking"},
     {"correction"},
@@ -37,7 +37,17 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {name: row for row, names in enumerate(LAYERS) for name in names}
-INNER = {"probe", "sites", "taps", "directions", "influence", "tracking", "correction", "cards"}
+INNER = {
+    "probe",
+    "sites",
+    "taps",
+    "directions",
+    "influence",
+    "association",
+    "tracking",
+    "correction",
+    "cards",
+}
 TOP_LEVEL = {
     "pyproject.toml",
     "README.md",

@@ -47,7 +47,7 @@ def slot_tags(slot: int) -> set[str]:
 
 
 def flag(concept: int, status: str = "found", q: float = 0.01, rd: float = 0.4) -> Flag:
-    return Flag(concept, 1, rd, q / 10, q, 9, 1, 30, (4, 2), status)
+    return Flag(concept, 1, rd, (rd - 0.1, rd + 0.1), q / 10, q, 9, 1, 30, (4, 2), status)
 
 
 def report(step: int, *flags: Flag, erased: tuple[int, ...] = (), **changes: object) -> RoundReport:

@@ -7,6 +7,7 @@ import torch
 from planted import normal
 from torch import Tensor
 
+from concept_guard.association import Sensitivity
 from concept_guard.flags import Flag
 from concept_guard.measures import (
     accuracy,
@@ -16,7 +17,8 @@ from concept_guard.measures import (
     worst_group_accuracy,
 )
 
-FLAG = Flag(3, 1, 0.9, 1e-9, 1e-8, 5, 1, 20, (4, 8), "found", "because")
+SEEN = Sensitivity(6, 14)
+FLAG = Flag(3, 1, 0.9, (0.8, 0.95), 1e-9, 1e-8, 5, 1, 20, (4, 8), "found", "because")
 
 
 def world(seed: int = 2) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -104,19 +106,23 @@ def test_errors_are_explained_where_a_flag_holds_and_counted_once() -> None:
 @pytest.mark.parametrize("status", ["found", "erased", "waiting"])
 def test_the_verdict_names_what_is_flagged(status: str) -> None:
     flags = [replace(FLAG, status=status), replace(FLAG, concept=8, status="unconfirmed")]
-    assert verdict(flags, 12, 400, 0.05) == "flagged: concept 3 drives errors towards class 1"
+    assert verdict(flags, 12, 400, 0.05, SEEN) == "flagged: concept 3 drives errors towards class 1"
     flags.append(replace(FLAG, concept=5, class_index=0))
-    assert verdict(flags, 12, 400, 0.05) == (
+    assert verdict(flags, 12, 400, 0.05, SEEN) == (
         "flagged: concept 3 drives errors towards class 1; concept 5 drives errors towards class 0"
     )
 
 
 def test_without_a_flag_the_verdict_says_what_was_seen_and_why() -> None:
-    assert verdict([], 12, 400, 0.05) == (
-        "no evidence: 12 errors seen on 400 probe images, no concept goes with them (q <= 0.05)"
+    assert verdict([], 12, 400, 0.05, SEEN) == (
+        "no evidence: 12 errors seen on 400 probe images, no concept goes with them (q <= 0.05); "
+        "a shortcut on fewer than 6 images of other classes cannot be seen with these, one that "
+        "misleads on half of its images is likely to be from 14 on"
     )
     flags = [replace(FLAG, status="unconfirmed"), replace(FLAG, status="vetoed")]
-    assert verdict(flags[:1], 12, 400, 0.05).startswith(
+    assert verdict(flags[:1], 12, 400, 0.05, SEEN).startswith(
         "no evidence: 12 errors seen on 400 probe images, 1 concept"
     )
-    assert "2 concepts go with some of them but are not confirmed" in verdict(flags, 12, 400, 0.05)
+    assert "2 concepts go with some of them but are not confirmed" in verdict(
+        flags, 12, 400, 0.05, SEEN
+    )

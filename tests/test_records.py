@@ -11,6 +11,7 @@ FLAG = Flag(
     concept=7,
     class_index=3,
     risk_difference=0.4567,
+    interval=(0.3, 0.6),
     p_value=1e-9,
     q_value=3.14159e-7,
     fixed=12,
@@ -19,7 +20,15 @@ FLAG = Flag(
     examples=(5, 2, 0, 9),
     status="erased",
 )
-OTHER = replace(FLAG, concept=11, class_index=0, risk_difference=0.05, q_value=0.2, status="found")
+OTHER = replace(
+    FLAG,
+    concept=11,
+    class_index=0,
+    risk_difference=0.05,
+    interval=(0.01, 0.1),
+    q_value=0.2,
+    status="found",
+)
 
 
 def report(*flags: Flag, verdict: str = "concept 7 pulls towards class 3.") -> RoundReport:
@@ -48,10 +57,10 @@ def report(*flags: Flag, verdict: str = "concept 7 pulls towards class 3.") -> R
 
 def test_the_table_has_one_aligned_row_per_flag_and_ends_with_the_verdict() -> None:
     assert table(report(FLAG, OTHER)).splitlines() == [
-        "concept  class  risk difference        q  fixed/broken  present  status  examples",
-        "-------  -----  ---------------  -------  ------------  -------  ------  --------",
-        "      7  3               +0.457  3.1e-07          12/1       40  erased  5, 2, 0",
-        "     11  0               +0.050      0.2          12/1       40  found   5, 2, 0",
+        "concept  class       risk difference        q  fixed/broken  present  status  examples",
+        "-------  -----  --------------------  -------  ------------  -------  ------  --------",
+        "      7  3      +0.46 [+0.30, +0.60]  3.1e-07          12/1       40  erased  5, 2, 0",
+        "     11  0      +0.05 [+0.01, +0.10]      0.2          12/1       40  found   5, 2, 0",
         "concept 7 pulls towards class 3.",
     ]
 

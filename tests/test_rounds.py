@@ -13,7 +13,7 @@ from concept_guard import ConceptGuard, rounds
 from concept_guard.directions import DirectionPairs, WithinClassPair, fit_pairs
 from concept_guard.flags import Candidate, Flag
 
-FLAG = Flag(0, 0, 0.9, 1e-9, 1e-8, 0, 0, 9, (), "found", "")
+FLAG = Flag(0, 0, 0.9, (0.8, 0.95), 1e-9, 1e-8, 0, 0, 9, (), "found", "")
 PAIR = WithinClassPair(torch.eye(32)[0], torch.eye(32)[0], 0.0, 1.0, 0.0)
 
 

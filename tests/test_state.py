@@ -52,7 +52,7 @@ def tracked(rng: torch.Generator) -> Tracked:
 
 def report(rng: torch.Generator) -> RoundReport:
     flags = tuple(
-        Flag(i, 2, 0.5, 1e-4, 1e-3, 7, 1, 30, (3, 9), status, "because")
+        Flag(i, 2, 0.5, (0.2, 0.7), 1e-4, 1e-3, 7, 1, 30, (3, 9), status, "because")
         for i, status in enumerate(("erased", "unconfirmed"))
     )
     concepts = tuple(
@@ -122,12 +122,12 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
     [
         (
             saved_state(schema_version=99),
-            "guard state has schema_version 99, expected 1; load it with the concept_guard version",
+            "guard state has schema_version 99, expected 2; load it with the concept_guard version",
         ),
-        ({}, "guard state has schema_version None, expected 1"),
+        ({}, "guard state has schema_version None, expected 2"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
-            {"schema_version": 1, "model": MODEL},
+            {"schema_version": 2, "model": MODEL},
             "guard state lacks pairs, steps; the checkpoint is incomplete",
         ),
         (

@@ -173,7 +173,8 @@ def causes(flags: Sequence[Flag], classes: Sequence[str], probe_size: int, verdi
     """
     lines = [
         f"concept {flag.concept} -> class {classes[flag.class_index]}, {flag.status}: "
-        f"risk difference {flag.risk_difference:+.2f}, q = {flag.q_value:.1e}; present in "
+        f"risk difference {flag.risk_difference:+.2f} [{flag.interval[0]:+.2f}, "
+        f"{flag.interval[1]:+.2f}], q = {flag.q_value:.1e}; present in "
         f"{flag.present} of {probe_size} probe images; erasing it there fixes {flag.fixed} "
         f"predictions and breaks {flag.broken}" + (f"\n    {flag.reason}" if flag.reason else "")
         for flag in flags
