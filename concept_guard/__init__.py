@@ -7,11 +7,13 @@ The stages, in the order of the data flow:
     influence    what moving along an encoding direction does to logits
     association  which concepts go with errors: effect, exact test, multiplicity
     flags        which of these cause them, confirmed by erasing
+    explanation  why one image is predicted as it is, concept by concept
     tracking     keep a flagged pair true while the network moves
     correction   project out, rebalance, bake into the weights
     logs         records, cards, TensorBoard
 """
 
+from concept_guard.changes import Change
 from concept_guard.config import GuardConfig
 from concept_guard.directions import Concept, DirectionPairs, Schedule, descend_pairs, fit_pairs
 from concept_guard.errors import (
@@ -22,6 +24,7 @@ from concept_guard.errors import (
     StateError,
     TapError,
 )
+from concept_guard.explanation import Explanation
 from concept_guard.flags import Flag
 from concept_guard.guard import ConceptGuard
 from concept_guard.records import RoundReport
@@ -30,11 +33,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BakeError",
+    "Change",
     "Concept",
     "ConceptGuard",
     "ConceptGuardError",
     "ConfigError",
     "DirectionPairs",
+    "Explanation",
     "Flag",
     "GuardConfig",
     "ProbeError",

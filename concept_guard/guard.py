@@ -10,15 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard import measures, reporting, state
+from concept_guard.changes import Levels
 from concept_guard.clock import Clock
 from concept_guard.config import GuardConfig
 from concept_guard.correction import obstacle
 from concept_guard.corrector import Corrector
 from concept_guard.directions import DirectionPairs
 from concept_guard.errors import BakeError, TapError
+from concept_guard.explanation import Explanation, explain_images
 from concept_guard.ids import known, listed
 from concept_guard.logs import EventLog, RoundReport, assign_slots
-from concept_guard.probe import Reading, check_labels, checked_pair, probe_batches
+from concept_guard.probe import (
+    Reading,
+    check_counts,
+    check_labels,
+    checked_pair,
+    probe_batches,
+)
 from concept_guard.rounds import Findings, look
 from concept_guard.taps import Tap
 
@@ -82,6 +90,7 @@ class ConceptGuard:
         self._ids: tuple[int, ...] = ()
         self._next_id = 0
         self._slots: dict[int, int] = {}
+        self._levels: tuple[DirectionPairs, Levels] | None = None
         self._last_loss: Tensor | None = None
         self._round_is_due = False
         self._clock = Clock()
@@ -216,6 +225,41 @@ class ConceptGuard:
         if now and self.config.action:
             self._timed(lambda: self._erase(now))
         self._say("approve", ids)
+
+    def explain(
+        self, images: Tensor, labels: Tensor | None = None, *, maps: bool = True
+    ) -> list[Explanation]:
+        """Say for every image which concepts its prediction is due to, and what would change it.
+
+        The concepts are those of the last round; the model is explained as it is, with its
+        current correction, and left untouched. A `ProbeError` names labels that are no class.
+
+        Args:
+            images: `(N, ...)` images as the model takes them.
+            labels: `(N,)` true classes, if they are known.
+            maps: Whether to find where in the image the concept is that speaks most for the
+                prediction. At a pooled tap that takes 64 more passes of the image.
+
+        Returns:
+            One explanation per image.
+
+        Raises:
+            ValueError: If no round has run yet, or labels and images do not belong together.
+        """
+        if self._pairs is None:
+            raise ValueError("explain: no round has found concepts yet; call guard.round() first")
+        if labels is not None:
+            if labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; "
+                    "expected one class per image"
+                )
+            check_counts([labels], self.tap.num_classes)
+        if self._levels is None or self._levels[0] is not self._pairs:
+            rows = self.tap.read(self._probe, max_rows=self.config.max_rows, seed=0).rows
+            self._levels = (self._pairs, Levels.of(self._pairs.factors(rows), self._pairs))
+        pairs, levels = self._levels
+        return explain_images(self.tap, images, labels, pairs, self._ids, levels, maps=maps)
 
     @property
     def erased(self) -> tuple[int, ...]:

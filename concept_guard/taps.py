@@ -255,6 +255,22 @@ class Tap:
         with self._own_pass(edit) as model:
             return self._forward(model, images)[0]
 
+    def through(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return the `(N, M)` float32 logits of an isolated pass with other rows at the tap.
+
+        Args:
+            images: `(N, ...)` images, for what passes the tap by.
+            rows: `(N, Q, C)` rows in place of theirs, before the current edit; the logits can be
+                differentiated by them if they require it.
+
+        Returns:
+            Logits on the device of the model.
+        """
+        edit = self.edit
+        given = rows if edit is None else edit(rows)
+        with self._own_pass(lambda _: given) as model, torch.set_grad_enabled(rows.requires_grad):
+            return self._forward(model, images)[0]
+
     def close(self) -> None:
         """Take the hook off the model and let go of both; calling it again does nothing."""
         self._attached.close()
