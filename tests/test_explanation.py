@@ -230,9 +230,9 @@ def test_a_guard_explains_the_errors_of_the_mark_and_leaves_the_model_alone(
             fooled
         )  # else: lacks its own pattern
         assert sum(one.flip is not None and one.flip.concept == concept for one in fooled) >= 4
-        for one in fooled:
-            at = one.maps[one.driving or 0]
-            assert one.driving != concept or float(at[:3, :3].max()) > 0.5  # the mark's corner
+        places = [one.maps[concept] for one in fooled if one.driving == concept]
+        in_corner = sum(float(place[:3, :3].sum() / place.sum()) > 0.25 for place in places)
+        assert in_corner >= 0.5 * len(places)  # 9 of 64 cells
 
 
 def test_an_explanation_takes_the_current_correction_into_account() -> None:
