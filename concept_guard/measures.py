@@ -4,6 +4,7 @@ Nothing here knows how the numbers are shown.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +62,49 @@ def worst_class_recall(logits: Tensor, labels: Tensor) -> float:
     return min(float(right[labels == k].double().mean()) for k in labels.unique().tolist())
 
 
+@dataclass(frozen=True)
+class Group:
+    """The images of one class that carry a concept, or of those that do not.
+
+    Attributes:
+        class_index: Their true class.
+        concept: Id of the concept.
+        carried: Whether they carry it.
+        images: How many there are.
+        accuracy: Share of right predictions; None without images.
+    """
+
+    class_index: int
+    concept: int
+    carried: bool
+    images: int
+    accuracy: float | None
+
+
+def pseudo_groups(
+    logits: Tensor, labels: Tensor, carried: Mapping[int, Tensor]
+) -> tuple[Group, ...]:
+    """Return size and accuracy of every (class, concept present or not) group.
+
+    Args:
+        logits: `(N, M)` class logits.
+        labels: `(N,)` classes.
+        carried: Concept id to `(N,)` bool presence.
+
+    Returns:
+        The groups, concept by concept and class by class, without before with.
+    """
+    right = (logits.argmax(dim=1) == labels).double()
+    groups = []
+    for concept, presence in carried.items():
+        for k in labels.unique().tolist():
+            for value in (False, True):
+                of_group = right[(labels == k) & (presence == value)]
+                rate = float(of_group.mean()) if len(of_group) else None
+                groups.append(Group(k, concept, value, len(of_group), rate))
+    return tuple(groups)
+
+
 def worst_group_accuracy(logits: Tensor, labels: Tensor, carried: Sequence[Tensor]) -> float:
     """Return the accuracy of the worst (class, concept present) group.
 
@@ -72,14 +116,8 @@ def worst_group_accuracy(logits: Tensor, labels: Tensor, carried: Sequence[Tenso
     Returns:
         Between 0 and 1, over groups of at least 5 images; the worst class recall without concepts.
     """
-    right = logits.argmax(dim=1) == labels
-    groups = [
-        (labels == k) & (concept == value)
-        for concept in carried
-        for k in labels.unique().tolist()
-        for value in (False, True)
-    ]
-    rates = [float(right[g].double().mean()) for g in groups if int(g.sum()) >= SMALLEST_GROUP]
+    groups = pseudo_groups(logits, labels, dict(enumerate(carried)))
+    rates = [g.accuracy for g in groups if g.accuracy is not None and g.images >= SMALLEST_GROUP]
     return min(rates) if rates else worst_class_recall(logits, labels)
 
 

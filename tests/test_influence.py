@@ -1,13 +1,17 @@
 """Stage 3a: erasing sets factors exactly, reads only through filters, moves only along signals."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import normal, overlapping_pairs
+from scipy.stats import kstest
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from concept_guard.influence import Effect, effect, erase, steps
+from concept_guard.influence import Effect, effect, erase, global_influence, steps
 
 EPS = torch.finfo(torch.float64).eps
 NEAR = 1e3 * EPS  # times the condition number of S W' (below 100 here), for values of size 10
@@ -151,3 +155,53 @@ def test_without_driven_images_the_logit_change_is_zero(rng: torch.Generator) ->
     logits, labels = normal(rng, 20, 3), torch.zeros(20).long()
     found = effect(logits, normal(rng, 20, 3), labels, torch.zeros(20).bool(), 1)
     assert (found.driven, found.logit_change) == (0, 0.0)
+
+
+def head_of(rng: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    weight = normal(rng, 4, 8)
+    return weight, lambda rows: rows.mean(dim=1) @ weight.T
+
+
+def test_a_direction_that_the_head_reads_moves_its_class_and_one_it_ignores_does_not(
+    rng: torch.Generator,
+) -> None:
+    weight, logits_of = head_of(rng)
+    rows = normal(rng, 200, 3, 8)
+    towards = torch.linalg.pinv(weight)[:, 2]  # raises logit 2 and no other
+    ignored = torch.linalg.svd(weight).Vh[-1]
+    found = global_influence(
+        rows, torch.stack([towards, ignored]), torch.tensor([1.0, 9.0]), logits_of, seed=0
+    )
+    assert float(found.score[0, 2]) == 1.0
+    assert float(found.change[0, 2]) > 0.1
+    assert float(found.p_value[0, 2]) <= 0.02
+    assert float(found.change[1].abs().max()) < 1e-12
+    assert float(found.p_value[1].min()) == 1.0
+    # The closed form for a linear head: all images are shifted alike, by the length times A s.
+    length = torch.stack([towards.norm(), 9 * ignored.norm()]).median()
+    shifted = (logits_of(rows) + length * weight @ normalize(towards, dim=0)).softmax(dim=1)
+    torch.testing.assert_close(found.change[0], (shifted - logits_of(rows).softmax(1)).mean(0))
+
+
+def test_p_values_of_random_directions_are_uniform(rng: torch.Generator) -> None:
+    _, logits_of = head_of(rng)
+    scale = torch.linspace(0.2, 3, 8).double()
+    rows = normal(rng, 300, 1, 8) * scale
+    directions = normal(rng, 400, 8) * scale  # from the distribution of the null
+    found = global_influence(rows, directions, torch.ones(400), logits_of, seed=0)
+    for k in range(4):
+        # Kolmogorov's bound at level .001, widened by that of the 199 directions of the null.
+        bound = 1.95 * (1 / 400 + 1 / 199) ** 0.5
+        assert float(kstest(found.p_value[:, k].numpy(), "uniform").statistic) < bound
+    flat = normal(rng, 400, 8) / scale  # control: directions of little variance
+    other = global_influence(rows, flat, torch.ones(400), logits_of, seed=0)
+    statistics = [float(kstest(other.p_value[:, k].numpy(), "uniform").statistic) for k in range(4)]
+    assert max(statistics) > bound
+
+
+def test_no_concepts_have_no_influence(rng: torch.Generator) -> None:
+    _, logits_of = head_of(rng)
+    none = global_influence(
+        normal(rng, 5, 1, 8), torch.zeros(0, 8).double(), torch.zeros(0), logits_of, seed=0
+    )
+    assert none.score.shape == none.change.shape == none.p_value.shape == (0, 4)

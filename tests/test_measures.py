@@ -12,6 +12,7 @@ from concept_guard.flags import Flag
 from concept_guard.measures import (
     accuracy,
     error_share_explained,
+    pseudo_groups,
     verdict,
     worst_class_recall,
     worst_group_accuracy,
@@ -126,3 +127,19 @@ def test_without_a_flag_the_verdict_says_what_was_seen_and_why() -> None:
     assert "2 concepts go with some of them but are not confirmed" in verdict(
         flags, 12, 400, 0.05, SEEN
     )
+
+
+def test_groups_are_counted_by_class_and_presence() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 1, 0, 1, 0, 2])
+    presence = torch.tensor([True, True, False, False, False, True])
+    found = pseudo_groups(torch.eye(3)[predicted], labels, {7: presence})
+    assert [(g.concept, g.class_index, g.carried, g.images, g.accuracy) for g in found] == [
+        (7, 0, False, 1, 1.0),
+        (7, 0, True, 2, 0.5),
+        (7, 1, False, 2, 0.5),
+        (7, 1, True, 0, None),
+        (7, 2, False, 0, None),
+        (7, 2, True, 1, 1.0),
+    ]
+    assert pseudo_groups(torch.eye(3)[predicted], labels, {}) == ()
