@@ -107,15 +107,23 @@ def explain_images(
         some = images[at : at + BATCH]
         known = None if labels is None else labels[at : at + BATCH].to(tap.device)
         rows = tap.read(iter([(some, torch.zeros(len(some)).long())]), max_rows=2**62, seed=0).rows
-        logits_of = _behind(tap, some)
+        logits_of = behind(tap, some)
         linear = tap.classifier is not None
         told = explain(rows, known, pairs, ids, levels, logits_of, linear=linear)
         result += _located(tap, some, told, pairs) if maps else told
     return result
 
 
-def _behind(tap: Tap, images: Tensor) -> Logits:
-    """Return a differentiable function from rows of these images to logits."""
+def behind(tap: Tap, images: Tensor) -> Logits:
+    """Return a differentiable function from rows of images to logits, with the tap's current edit.
+
+    Args:
+        tap: Where the rows are read.
+        images: `(N, ...)` the images, for taps that no linear map follows.
+
+    Returns:
+        Maps `(N, Q, C)` rows to `(N, M)` float32 logits.
+    """
     head = tap.classifier
     if head is None:
         return lambda rows: tap.through(images, rows)

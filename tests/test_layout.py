@@ -32,8 +32,9 @@ LAYERS = [
     {"corrector"},
     {"reporting"},
     {"doctor"},
-    {"guard"},
+    {"guard", "report"},
     {"training"},
+    {"audit"},
     {"cli"},
     {"__main__"},
 ]
