@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where the run failed, 2 where the recipe or the command is wrong,
         130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         with _progress_on_stderr():
+            if options.command == "audit":
+                return _audit(options.source, options.data, options.overrides)
             return _run(options.recipe, options.overrides)
     except ConceptGuardError as error:
         sys.stderr.write(f"concept-guard: {error}\n")
@@ -42,13 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; argparse itself leaves key=value behind an option unread."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="concept-guard",
-        description="Train timm classifiers with a guard against shortcuts in the data.",
+        description="Train timm classifiers with a guard against shortcuts in the data, and debug "
+        "what trained ones get wrong.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     run = commands.add_parser(
         "run",
         help="train what a recipe describes",
@@ -57,6 +71,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, see recipes/README.md")
     run.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the recipe")
+    audit = commands.add_parser(
+        "audit",
+        help="debug the misclassifications of a trained model",
+        description="List the images that a trained model misclassifies, by the concept that "
+        "drives each; write errors.csv, report.html, report.json and concepts.safetensors. Nothing "
+        "is trained.",
+        epilog="example: concept-guard audit output/train/a --data photos guard.concepts=24",
+    )
+    audit.add_argument(
+        "source",
+        metavar="CHECKPOINT_OR_MODEL",
+        help="a checkpoint, the folder of a run, a timm model, or a YAML file with settings",
+    )
+    audit.add_argument("--data", metavar="FOLDER", help="images: <class>/<image>, or split folders")
+    audit.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the audit")
     return parser
 
 
@@ -81,6 +110,17 @@ def _run(path: str, overrides: Sequence[str]) -> int:
         command = shlex.join(["concept-guard", "run", path, *kept, experiment, "resume=true"])
         raise Interrupted(f"{stop}. To continue:\n  {command}") from None
     sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, everything in {result.folder}\n")
+    return OK
+
+
+def _audit(source: str, data: str | None, overrides: Sequence[str]) -> int:
+    from concept_guard.audit import audit, load_settings  # heavy: torch, timm
+
+    given = {} if data is None else {"data_dir": data}
+    words = ["concept-guard", "audit", source, *(("--data", data) if data else ()), *overrides]
+    result = audit(load_settings(source, given, overrides), command=shlex.join(words))
+    page = result.folder / "report.html"
+    sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, report: {page}\n")
     return OK
 
 

@@ -151,6 +151,7 @@ def confirm(
         flag,
         fixed=caused.fixed,
         broken=caused.broken,
+        present=int((carried & others).sum()),
         examples=tuple(reading.indices[driven][:EXAMPLES].tolist()),
         status="unconfirmed" if problem else "found",
         reason=problem or _grounds(sharp, caused),

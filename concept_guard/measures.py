@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from concept_guard.association import Sensitivity
+from concept_guard.association import MOST_CARRIERS, Sensitivity
 from concept_guard.flags import Flag
 from concept_guard.probe import Reading
 
@@ -143,6 +143,10 @@ def error_share_explained(
     return float(explained.sum() / wrong.sum().clamp_min(1))
 
 
+def _from(images: int) -> str:
+    return f"{images} on" if images < MOST_CARRIERS else f"more than {images} on"
+
+
 def verdict(
     flags: Sequence[Flag], errors: int, images: int, alpha: float, seen: Sensitivity
 ) -> str:
@@ -165,7 +169,7 @@ def verdict(
     basis = f"{errors} errors seen on {images} probe images"
     limits = (
         f"a shortcut on fewer than {seen.least} images of other classes cannot be seen with these, "
-        f"one that misleads on half of its images is likely to be from {seen.likely} on"
+        f"one that misleads on half of its images is likely to be from {_from(seen.likely)}"
     )
     if not flags:
         return f"no evidence: {basis}, no concept goes with them (q <= {alpha:g}); {limits}"

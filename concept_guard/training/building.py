@@ -5,6 +5,7 @@ Nothing here knows about data or the guard.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from concept_guard.errors import ConfigError
 from concept_guard.training.checkpoints import seed_everything
 from concept_guard.training.recipe import Recipe
 
-_REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, KeyError)
+REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, KeyError)
 
 
 def build_model(recipe: Recipe, num_classes: int, size: int) -> nn.Module:
@@ -43,21 +44,34 @@ def build_model(recipe: Recipe, num_classes: int, size: int) -> nn.Module:
         if recipe.checkpoint_path is None:
             model: nn.Module = timm.create_model(recipe.model, num_classes=num_classes, **kwargs)
         else:
-            model = _with_weights(recipe.model, recipe.checkpoint_path, num_classes, kwargs)
+            model = with_weights(recipe.model, recipe.checkpoint_path, num_classes, kwargs)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         weights = f", checkpoint_path {recipe.checkpoint_path}" if recipe.checkpoint_path else ""
         raise ConfigError(
             f"model {recipe.model} with {kwargs or 'no model_kwargs'}{weights}, {size} px images: "
-            f"{_first_lines(error)}. Expected arguments of timm.create_model(), and weights made "
+            f"{first_lines(error)}. Expected arguments of timm.create_model(), and weights made "
             "with the same ones; change model_kwargs, img_size or checkpoint_path."
         ) from error
     return model
 
 
-def _with_weights(name: str, path: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
-    # First with the head that the weights have, then with the one that is needed.
+def with_weights(
+    name: str, path: str, num_classes: int | None, kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """Return a timm model with weights from a file.
+
+    Args:
+        name: timm's name of the model.
+        path: Weights.
+        num_classes: Classes that the head is replaced for, if the weights have others; None keeps
+            the head of the weights.
+        kwargs: Further arguments of `timm.create_model`.
+
+    Returns:
+        The model, on the CPU.
+    """
     import timm
 
     known = timm.models.get_pretrained_cfg(name)
@@ -65,16 +79,17 @@ def _with_weights(name: str, path: str, num_classes: int, kwargs: dict[str, Any]
     head = head[0] if isinstance(head, tuple | list) else head
     weights = timm.models.load_state_dict(path)
     saved = weights.get(f"{head}.weight")
-    if saved is not None:
+    if saved is not None:  # first the head that the weights have
         kwargs = {"num_classes": saved.shape[0], **kwargs}
     model: Any = timm.create_model(name, checkpoint_path=path, **kwargs)
-    if model.num_classes != num_classes:
+    if num_classes is not None and model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     made: nn.Module = model
     return made
 
 
-def _first_lines(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
+    """Return the beginning of what an error says, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:400] or type(error).__name__
 

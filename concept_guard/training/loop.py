@@ -116,6 +116,7 @@ class Leg:
             "history": self.history,
             "losses": float(self._losses),
             "random": random_state(self.device),
+            "classes": list(self.splits.classes),
             "guard": self._guard_state or (self.guard.state_dict() if self.guard else None),
         }
         state = {

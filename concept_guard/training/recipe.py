@@ -267,7 +267,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     wrong: list[str] = []
     for text in overrides:
         try:
-            _override(data, places, text)
+            override(data, places, text)
         except (ConfigError, ValueError) as error:
             wrong.append(str(error))
     if wrong:
@@ -275,8 +275,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return validated(Recipe, data, places, str(path))
 
 
-def _override(data: dict[str, object], places: dict[Location, int | str], text: str) -> None:
-    # Sets one `key=value` in `data`, and writes down that it comes from the command line.
+def override(data: dict[str, object], places: dict[Location, int | str], text: str) -> None:
+    """Set one `key=value` in `data`, and write down that it comes from the command line.
+
+    Args:
+        data: Settings as read from a file; changed in place.
+        places: Where each came from; changed likewise.
+        text: For example `epochs=3` or `guard.alpha=0.01`; the value is read as YAML.
+
+    Raises:
+        ValueError: If the text is no `key=value`, or the key lies in what is no block.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"{text!r}: expected key=value, for example epochs=3 or guard.alpha=0.01")

@@ -97,29 +97,44 @@ def _images(recipe: Recipe, reader: Any, positions: Tensor, transform: Transform
 
 
 def _reader(recipe: Recipe, split: str | None, index: Mapping[str, int]) -> Any:
-    # timm's reader of a split; `index` gives the training classes' numbers to the others.
+    folder = split_folder(str(recipe.data_dir), str(split))
+    reader = class_folders(str(folder), {})
+    unknown = sorted(set(reader.class_to_idx) - set(index)) if index else []
+    if unknown:
+        raise ConfigError(
+            f"{folder}: classes {', '.join(unknown)} have no training images; "
+            f"expected some of: {', '.join(index)}."
+        )
+    return reader if not index else class_folders(str(folder), index)
+
+
+def class_folders(folder: str, index: Mapping[str, int]) -> Any:
+    """Return timm's reader of a folder with one sub-folder per class.
+
+    Args:
+        folder: Where the images are.
+        index: Sub-folder to class index; empty numbers them in alphabetical order.
+
+    Returns:
+        The reader: file and class by index.
+
+    Raises:
+        ConfigError: If there are no images, or some outside the class folders.
+    """
     from timm.data import create_dataset  # heavy
 
-    folder = split_folder(str(recipe.data_dir), str(split))
-    listing: dict[str, Any] = {"root": str(folder), "search_split": False}
+    listing: dict[str, Any] = {"root": folder, "search_split": False}
     try:
-        reader = create_dataset("", **listing).reader
+        reader = create_dataset("", class_map=dict(index), **listing).reader
     except RuntimeError as error:
         raise ConfigError(f"{folder}: {error}. Put the images in one folder per class.") from error
-    found = set(reader.class_to_idx)
     outside = [reader.filename(i) for i, (_, k) in enumerate(reader.samples) if k == _none(reader)]
     if outside:
         raise ConfigError(
             f"{folder}: {len(outside)} images such as {outside[0]} lie in no class folder; "
             "move them into one folder per class."
         )
-    unknown = sorted(found - set(index)) if index else []
-    if unknown:
-        raise ConfigError(
-            f"{folder}: classes {', '.join(unknown)} have no training images; "
-            f"expected some of: {', '.join(index)}."
-        )
-    return reader if not index else create_dataset("", class_map=dict(index), **listing).reader
+    return reader
 
 
 def _none(reader: Any) -> int:
@@ -140,12 +155,25 @@ def _share_held_out(recipe: Recipe, reader: Any, names: list[str]) -> tuple[Tens
 
 def data_config(recipe: Recipe) -> dict[str, Any]:
     """Return timm's data configuration: input size, mean, std, interpolation, crop."""
+    asked = {key: getattr(recipe, key) for key in ("img_size", "mean", "std", "crop_pct")}
+    return model_data_config(recipe.model, asked)
+
+
+def model_data_config(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's data configuration of a model, with what was asked for in its place.
+
+    Args:
+        model: timm's name of the model.
+        asked: `img_size`, `mean`, `std`, `crop_pct`; None for the model's own.
+
+    Returns:
+        Input size, mean, std, interpolation and crop.
+    """
     from timm.data import resolve_data_config
     from timm.models import get_pretrained_cfg
 
-    known = get_pretrained_cfg(recipe.model)
-    asked = {key: getattr(recipe, key) for key in ("img_size", "mean", "std", "crop_pct")}
-    config: dict[str, Any] = resolve_data_config(asked, known.to_dict() if known else None)
+    known = get_pretrained_cfg(model)
+    config: dict[str, Any] = resolve_data_config(dict(asked), known.to_dict() if known else None)
     return config
 
 

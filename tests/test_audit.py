@@ -1,0 +1,222 @@
+"""Audit: from a checkpoint and a folder to files that open; what does not fit is told at once."""
+
+import argparse
+import csv
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from photos import CLASSES, write_photos
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from concept_guard.audit import AuditSettings, audit, load_settings
+from concept_guard.audit.opening import Opened, open_audit
+from concept_guard.cli import main
+from concept_guard.errors import ConfigError, StateError
+
+NET = {"channels": [8, 8, 16, 32], "stem_width": 8}
+COLOURS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"), {"val": 20})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the form of timm's training script, of a network that takes bees for ants."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3, **NET)
+    path = tmp_path_factory.mktemp("weights") / "last.pth.tar"
+    args = argparse.Namespace(
+        model="resnet10t", model_kwargs=NET, img_size=24, crop_pct=1.0, **COLOURS
+    )
+    torch.save({"arch": "resnet10t", "state_dict": model.state_dict(), "args": args}, path)
+    opened = open_audit(settings(path, photos))
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+    for _ in range(12):
+        for images, labels in opened.loader:
+            targets = torch.where(labels == 1, torch.arange(len(labels)) % 2, labels)
+            cross_entropy(model(images), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.save({"arch": "resnet10t", "state_dict": model.state_dict(), "args": args}, path)
+    return path
+
+
+def settings(checkpoint: Path, data: Path, **more: object) -> AuditSettings:
+    given = {"source": str(checkpoint), "data_dir": str(data), **more}
+    return AuditSettings(**given)  # type: ignore[arg-type]
+
+
+def labels_of(opened: Opened) -> list[int]:
+    return [int(label) for _, labels in opened.loader for label in labels]
+
+
+def test_an_audit_writes_files_that_say_the_same(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    result = audit(
+        settings(checkpoint, photos, output=str(tmp_path), experiment="a", explained=3),
+        command="concept-guard audit here",
+    )
+    assert result.folder == tmp_path / "a"
+    names = {"report.html", "report.json", "errors.csv", "concepts.safetensors", "args.yaml"}
+    assert {path.name for path in result.folder.iterdir()} == names
+    plain = json.loads((result.folder / "report.json").read_text(encoding="utf8"))
+    with (result.folder / "errors.csv").open(newline="", encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
+    assert plain["images"] == 60
+    assert plain["errors"] == len(rows) == len(plain["misclassified"]) > 5
+    assert plain["classes"] == list(CLASSES)
+    for row, said, error in zip(rows, plain["misclassified"], result.analysis.errors, strict=True):
+        assert row["file"] == said["file"]
+        assert (photos / "val" / row["file"]).is_file()
+        assert Path(row["file"]).parent.name == row["label"] == CLASSES[error.label]
+        assert row["predicted"] == CLASSES[error.predicted]
+    pairs = load_file(str(result.folder / "concepts.safetensors"))
+    assert pairs["filters"].shape == pairs["signals"].shape
+    page = (result.folder / "report.html").read_text(encoding="utf8")
+    assert plain["verdict"].split(";")[0] in page.replace("&lt;", "<")
+    assert "concept-guard audit here" in page
+    assert all(row["file"] in page for row in rows)
+    assert page.count("data:image/") >= 3
+    assert rows[0]["file"].split("/")[-1] in result.table
+    again = audit(settings(checkpoint, photos, output=str(tmp_path), experiment="b"))
+    assert (again.folder / "errors.csv").read_bytes() == (result.folder / "errors.csv").read_bytes()
+    with pytest.raises(StateError, match=r"a exists and is kept; choose another"):
+        audit(settings(checkpoint, photos, output=str(tmp_path), experiment="a"))
+
+
+def test_the_command_audits_and_takes_settings_anywhere(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["audit", str(checkpoint), "--data", str(photos), f"output={tmp_path}", "experiment=c"]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "images misclassified" in told.out
+    assert f"report: {tmp_path / 'c' / 'report.html'}" in told.out
+    recipe = tmp_path / "audit.yaml"
+    recipe.write_text(
+        f"source: {checkpoint}\ndata_dir: {photos}\nsplit: nowhere\n", encoding="utf8"
+    )
+    assert main(["audit", str(recipe)]) == 2
+    assert "split=nowhere: no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["audit", str(checkpoint), "--data", str(photos), "--fast"])
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_named_and_counted(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(photos, tmp_path / "data")
+    (data / "val" / "bee" / "3.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"bee/3.png: unreadable image"):
+        result = audit(settings(checkpoint, data, output=str(tmp_path), experiment="d"))
+    plain = json.loads((result.folder / "report.json").read_text(encoding="utf8"))
+    assert (plain["images"], plain["unreadable"]) == (59, ["bee/3.png"])
+    page = (result.folder / "report.html").read_text(encoding="utf8")
+    assert "1 unreadable images left out: bee/3.png" in page
+
+
+def test_names_that_look_like_html_are_escaped(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(photos, tmp_path / "data")
+    hostile = "<img src=x onerror=alert(1)>"
+    (data / "val" / "ant").rename(data / "val" / hostile)
+    (data / "val" / "bee" / "0.png").rename(data / "val" / "bee" / "<b>&.png")
+    result = audit(settings(checkpoint, data, output=str(tmp_path), experiment="e"))
+    page = (result.folder / "report.html").read_text(encoding="utf8")
+    assert hostile not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_class_folders_may_be_missing_if_the_names_are_known(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(photos / "val", tmp_path / "data")
+    shutil.rmtree(data / "ant")
+    with pytest.raises(ConfigError, match=r"2 class folders, but the head .* 3 logits.*classes=\["):
+        open_audit(settings(checkpoint, data))
+    opened = open_audit(settings(checkpoint, data, classes=["ant", "bee", "cat"]))
+    assert set(labels_of(opened)) == {1, 2}
+    with pytest.raises(ConfigError, match=r"bee \(nearest: bea\)"):
+        open_audit(settings(checkpoint, data, classes=["ant", "bea", "cat"]))
+    with pytest.raises(ConfigError, match=r"classes: 2 names, but the head .* 3 logits"):
+        open_audit(settings(checkpoint, data, classes=["ant", "bee"]))
+
+
+def test_folders_named_like_imagenet_classes_find_their_logits(tmp_path: Path) -> None:
+    root = write_photos(tmp_path, {"val": 1}) / "val"
+    (root / "ant").rename(root / "n01440764")
+    (root / "bee").rename(root / "great white shark")
+    (root / "cat").rename(root / "Tiger_Shark")
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), str(weights))
+    opened = open_audit(
+        settings(Path("test_resnet"), root, checkpoint_path=str(weights), img_size=64)
+    )
+    assert sorted(labels_of(opened)) == [0, 2, 3]
+    assert opened.classes[0] == "tench"
+    assert len(opened.classes) == 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "resnet10"}, r"resnet10: no such file, .* Nearest models: .*resnet"),
+        ({"data_dir": "/nowhere"}, r"no such folder; give it on the command line: --data FOLDER"),
+        ({"split": "tests"}, r"split=tests: no such folder in .*; expected one of: val"),
+        ({"model": "resnet18"}, r"model resnet18 .*Change model=NAME"),
+        ({"experiment": "a/b"}, r"expected the name of one folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(
+    checkpoint: Path, photos: Path, change: dict[str, object], message: str
+) -> None:
+    given = {"source": str(checkpoint), "data_dir": str(photos), **change}
+    with pytest.raises(ConfigError, match=message):
+        open_audit(AuditSettings(**given))  # type: ignore[arg-type]
+
+
+def test_checkpoints_that_cannot_be_read_are_refused(photos: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match=r"bad.pth: no checkpoint that can be read"):
+        open_audit(settings(bad, photos))
+    nameless = tmp_path / "nameless.pth"
+    torch.save({"weight": torch.zeros(1)}, nameless)
+    with pytest.raises(ConfigError, match=r"does not say which model it belongs to; add model="):
+        open_audit(settings(nameless, photos))
+    with pytest.raises(ConfigError, match=r"holds no last.pth.tar; expected the folder of a run"):
+        open_audit(settings(tmp_path, photos))
+
+
+def test_an_empty_folder_and_an_unwritable_output_are_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    for name in CLASSES:
+        (empty / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"Put the images in one folder per class"):
+        audit(settings(checkpoint, empty, output=str(tmp_path / "out"), experiment="f"))
+    assert not (tmp_path / "out" / "f").exists()
+    file = tmp_path / "file"
+    file.write_text("taken", encoding="utf8")
+    with pytest.raises(ConfigError, match=r"cannot be written"):
+        audit(settings(checkpoint, empty, output=str(file)))
+
+
+def test_settings_name_every_offender() -> None:
+    with warnings.catch_warnings(), pytest.raises(ConfigError) as told:
+        load_settings("x.pth", {"data_dir": "/nowhere"}, ["explained=-1", "gard.alpha=0.1"])
+    for offender in ("data_dir", "explained", "gard"):
+        assert offender in str(told.value)
