@@ -21,11 +21,13 @@ class Basis:
         mean: `(C,)` mean activation.
         inward: `(C, R)` maps centred activations to coordinates with unit covariance.
         outward: `(R, C)` maps these back to centred activations.
+        beyond: `(C, Q)` maps centred activations to the other axes, with unit covariance as well.
     """
 
     mean: Tensor
     inward: Tensor
     outward: Tensor
+    beyond: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, *, rank: int) -> "Basis":
@@ -51,11 +53,11 @@ class Basis:
         values, axes = torch.linalg.eigh(inverse[:, None] * covariance * inverse)
         keep = values > FLAT * values.max()
         span = torch.linalg.qr(torch.where(live, deviation, 0.0)[:, None] * axes[:, keep]).Q
-        values, axes = values[keep].flip(0)[:rank], axes[:, keep].flip(1)[:, :rank]
+        values, axes = values[keep].flip(0), axes[:, keep].flip(1)
         inward = inverse[:, None] * axes / values.sqrt()
-        inward = torch.where(live[:, None], span @ (span.T @ inward), 0.0)
-        outward = (axes * values.sqrt()).T * torch.where(live, deviation, 0.0)
-        return cls(mean.float(), inward.float(), outward.float())
+        inward = torch.where(live[:, None], span @ (span.T @ inward), 0.0).float()
+        outward = (axes * values.sqrt()).T[:rank] * torch.where(live, deviation, 0.0)
+        return cls(mean.float(), inward[:, :rank], outward.float(), inward[:, rank:])
 
     def white(self, rows: Tensor) -> Tensor:
         """Return rows in white coordinates.
@@ -66,7 +68,21 @@ class Basis:
         Returns:
             `(P, R)` float32.
         """
-        return torch.cat([(part.float() - self.mean) @ self.inward for part in rows.split(CHUNK)])
+        return self._seen(rows, self.inward)
+
+    def others(self, rows: Tensor) -> Tensor:
+        """Return rows in the axes beyond the white coordinates.
+
+        Args:
+            rows: `(P, C)` activations.
+
+        Returns:
+            `(P, Q)` float32.
+        """
+        return self._seen(rows, self.beyond)
+
+    def _seen(self, rows: Tensor, inward: Tensor) -> Tensor:
+        return torch.cat([(part.float() - self.mean) @ inward for part in rows.split(CHUNK)])
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from concept_guard.directions.pairs import DirectionPairs
 from concept_guard.directions.reservoir import collected, sampled
 from concept_guard.directions.splits import splits
 from concept_guard.directions.threads import few_threads
+from concept_guard.directions.widening import widened
 
 AXES, ROWS_EACH = 64, 128  # axes of the basis at least; rows searched per further one
 SEARCHED = 20_000  # rows that are searched; the moments and the signal vectors use all
@@ -98,12 +99,15 @@ def fit_pairs(
     with torch.no_grad(), few_threads(work), torch.autocast(rows.device.type, enabled=False):
         axes = max(AXES, 2 * concepts, min(len(rows), SEARCHED) // ROWS_EACH)
         basis = Basis.of(rows, rank=min(rows.shape[1], axes))
-        white = basis.white(sampled(rows, SEARCHED, generator))
+        some = sampled(rows, SEARCHED, generator)
+        white = basis.white(some)
         known = white[:0] if init is None else _known(basis, init)
         found = by_amplitudes(white, _found(white, known, concepts, generator))
         if init is not None:
             found = found.select(_in_order_of(known, found.directions))
-        pairs = _pairs(rows, basis, found, concepts)
+        further = widened(white, basis.others(some), found)
+        filters = found.directions @ basis.inward.T + further @ basis.beyond.T
+        pairs = _pairs(rows, basis.mean, found, filters, concepts)
     count = len(pairs.filters)
     if head is None or count < 2:
         return pairs
@@ -180,13 +184,15 @@ def _in_order_of(known: Tensor, directions: Tensor) -> Tensor:
     return torch.tensor(first + rest, dtype=torch.long, device=directions.device)
 
 
-def _pairs(rows: Tensor, basis: Basis, found: Candidates, concepts: int) -> DirectionPairs:
-    """Return candidates as pairs of the activations, with signal vectors."""
+def _pairs(
+    rows: Tensor, mean: Tensor, found: Candidates, filters: Tensor, concepts: int
+) -> DirectionPairs:
+    """Return candidates as pairs of the activations, scaled, with biases and signal vectors."""
     on = found.present.sum(dim=0).clamp_min(1)
     height = excess(found.factors, found.present).sum(dim=0) / on
     scale = 2 * FULL / height.clamp_min(1e-6)
-    filters = (scale[:, None] * found.directions) @ basis.inward.T
-    biases = scale * found.thresholds + filters @ basis.mean
+    filters = scale[:, None] * filters
+    biases = scale * found.thresholds + filters @ mean
     missing = concepts - len(found)
     note = (
         f"{missing} of {concepts} concepts are missing: no further direction is more skewed than "
