@@ -108,8 +108,12 @@ def _differences(
     difference = rate1 - rate0
     low = difference - ((rate1 - low1).square() + (high0 - rate0).square()).sqrt()
     high = difference + ((high1 - rate1).square() + (rate0 - low0).square()).sqrt()
-    ends = (difference, low, high)
-    return tuple(torch.where(usable, t, 0.0) for t in ends)  # type: ignore[return-value]
+    nothing = torch.zeros_like(difference)
+    return (
+        torch.where(usable, difference, nothing),
+        torch.where(usable, low, nothing),
+        torch.where(usable, high, nothing),
+    )
 
 
 def _of_others(values: Tensor) -> Tensor:

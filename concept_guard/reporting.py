@@ -19,7 +19,7 @@ from concept_guard.records import RoundReport
 from concept_guard.rounds import Findings
 from concept_guard.taps import Tap
 
-_HELD = ("found", "erased", "waiting")
+HELD = ("found", "erased", "waiting")
 
 
 def report(
@@ -52,7 +52,7 @@ def report(
     flags = _flags(found, corrector)
     carried = {t.concept: t.carriers.any(dim=1) for t in found.tracked}
     carried |= {i: c.present.any(dim=1) for i, c in found.candidates.items()}
-    held = [flag for flag in flags if flag.status in _HELD and flag.concept in carried]
+    held = [flag for flag in flags if flag.status in HELD and flag.concept in carried]
     groups = [carried[flag.concept] for flag in held]
     errors = int((logits.argmax(dim=1) != labels).sum())
     after = if_erased

@@ -176,6 +176,7 @@ def test_folders_named_like_imagenet_classes_find_their_logits(tmp_path: Path) -
         ({"data_dir": "/nowhere"}, r"no such folder; give it on the command line: --data FOLDER"),
         ({"split": "tests"}, r"split=tests: no such folder in .*; expected one of: val"),
         ({"model": "resnet18"}, r"model resnet18 .*Change model=NAME"),
+        ({"device": "abacus"}, r"not usable here .*use auto or cpu"),
         ({"experiment": "a/b"}, r"expected the name of one folder"),
     ],
 )

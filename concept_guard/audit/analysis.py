@@ -21,11 +21,10 @@ from concept_guard.influence import GlobalInfluence, global_influence
 from concept_guard.measures import Group, not_finite, pseudo_groups
 from concept_guard.probe import Batches, Reading, checked_pair, images_at
 from concept_guard.records import RoundReport
-from concept_guard.reporting import cards, report
+from concept_guard.reporting import HELD, cards, report
 from concept_guard.rounds import Findings, look
 from concept_guard.taps import Tap
 
-HELD = ("found", "erased", "waiting")
 INFLUENCED, PASSED = 512, 32  # images on which influence is measured; where each takes passes
 CHUNK = 256  # errors that are explained at a time
 
@@ -133,13 +132,14 @@ def analyse(
             overhead=0.0,
         )
         carried = {i: c.present.any(dim=1) for i, c in found.candidates.items()}
+        levels = Levels.of(found.pairs.factors(reading.rows), found.pairs)
         held = {f.concept: f.class_index for f in record.flags if f.status in HELD}
         return Analysis(
             report=record,
             findings=found,
-            errors=_errors(tap, probe, reading, found, held, carried),
+            errors=_errors(tap, probe, reading, found, levels, held, carried),
             groups=pseudo_groups(reading.logits, reading.labels, {i: carried[i] for i in held}),
-            influence=_influence(tap, probe, reading, found, config.seed),
+            influence=_influence(tap, probe, reading, found, levels, config.seed),
             cards=cards(tap, probe, reading, found, list(found.candidates)),
             unreadable=unreadable,
             seconds=perf_counter() - began,
@@ -175,14 +175,13 @@ def _refuse_not_finite(reading: Reading, tap: str) -> None:
 
 
 def _influence(
-    tap: Tap, probe: Batches, reading: Reading, found: Findings, seed: int
+    tap: Tap, probe: Batches, reading: Reading, found: Findings, levels: Levels, seed: int
 ) -> GlobalInfluence:
     """Return the influence of every concept on every class, on some of the images."""
     count = INFLUENCED if tap.classifier is not None else PASSED
     order = torch.randperm(len(reading.rows), generator=torch.Generator().manual_seed(seed))
     some = order[:count].sort().values.to(reading.rows.device)
     rows = reading.rows[some]
-    levels = Levels.of(found.pairs.factors(reading.rows), found.pairs)
     images, _ = images_at(probe, reading.indices[some])
     steps = levels.present - levels.absent
     return global_influence(rows, found.pairs.signals, steps, behind(tap, images), seed=seed)
@@ -193,6 +192,7 @@ def _errors(
     probe: Batches,
     reading: Reading,
     found: Findings,
+    levels: Levels,
     held: Mapping[int, int],
     carried: Mapping[int, Tensor],
 ) -> tuple[Error, ...]:
@@ -202,7 +202,6 @@ def _errors(
     wrong = wrong[chance[wrong].argsort(descending=True)]
     if not len(wrong):
         return ()
-    levels = Levels.of(found.pairs.factors(reading.rows), found.pairs)
     errors = []
     for at in wrong.split(CHUNK):
         images, labels = images_at(probe, reading.indices[at])

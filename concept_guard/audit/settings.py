@@ -13,19 +13,14 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from concept_guard.config import GuardConfig
 from concept_guard.errors import ConfigError
-from concept_guard.strict import Location, StrictModel, expand_path, listed, read_yaml, validated
-from concept_guard.training.recipe import override
-
-
-def _expanded(value: object) -> object:
-    return expand_path(value) if isinstance(value, str) else value
+from concept_guard.strict import Location, StrictModel, listed, read_yaml, validated
+from concept_guard.training.recipe import Device, FolderName, PathText, override
 
 
 def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value  # a frozen model holds tuples
 
 
-_PathText = Annotated[str, BeforeValidator(_expanded)]
 _Tuple = BeforeValidator(_listed)
 
 
@@ -54,11 +49,11 @@ class AuditSettings(StrictModel):
         guard: Tap, number of concepts, level and seed. Nothing is corrected.
     """
 
-    source: _PathText
-    data_dir: _PathText
+    source: PathText
+    data_dir: PathText
     split: str | None = None
     model: str | None = None
-    checkpoint_path: _PathText | None = None
+    checkpoint_path: PathText | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     classes: Annotated[tuple[str, ...] | None, _Tuple] = None
     img_size: int | None = Field(default=None, ge=8)
@@ -67,10 +62,10 @@ class AuditSettings(StrictModel):
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
-    device: str = "auto"
+    device: Device = "auto"
     explained: int = Field(default=24, ge=0)
-    output: _PathText = "output/audit"
-    experiment: str | None = None
+    output: PathText = "output/audit"
+    experiment: FolderName | None = None
     guard: GuardConfig = Field(default_factory=GuardConfig)
 
     @field_validator("data_dir")
@@ -85,13 +80,6 @@ class AuditSettings(StrictModel):
     def _weights_exist(cls, value: str | None) -> str | None:
         if value is not None and not Path(value).is_file():
             raise ValueError("no such file; expected weights as .safetensors, .pth or .pth.tar")
-        return value
-
-    @field_validator("experiment")
-    @classmethod
-    def _one_folder(cls, value: str | None) -> str | None:
-        if value is not None and (Path(value).name != value or value in ("", ".", "..")):
-            raise ValueError("expected the name of one folder, without slashes")
         return value
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from concept_guard.audit.analysis import Analysis, Error
 from concept_guard.audit.opening import Opened
@@ -68,13 +67,8 @@ def write_audit(
     try:
         rows = [_row(error, opened) for error in analysis.errors]
         _write_errors(part / "errors.csv", rows)
-        pairs, ids = analysis.findings.pairs, analysis.findings.ids
-        tensors = {"filters": pairs.filters, "signals": pairs.signals, "biases": pairs.biases}
-        save_file(
-            {name: t.cpu().contiguous().clone() for name, t in tensors.items()},
-            str(part / "concepts.safetensors"),
-            metadata={"ids": json.dumps(list(ids)), "tap": settings.guard.tap},
-        )
+        about = {"ids": json.dumps(list(analysis.findings.ids)), "tap": settings.guard.tap}
+        analysis.findings.pairs.save(part / "concepts.safetensors", about)
         plain = _plain(opened, analysis, rows)
         text = json.dumps(plain, indent=1, ensure_ascii=False)
         (part / "report.json").write_text(text, encoding="utf8")

@@ -3,6 +3,7 @@
 Nothing here knows how the pairs were found or what they are used for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +83,16 @@ class DirectionPairs:
         keep = torch.as_tensor(concepts, dtype=torch.long, device=self.filters.device)
         return DirectionPairs(self.filters[keep], self.signals[keep], self.biases[keep])
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the pairs as a safetensors file.
 
         Args:
             path: File to write.
+            metadata: Texts kept in the file's header.
         """
         tensors = {"filters": self.filters, "signals": self.signals, "biases": self.biases}
-        save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, str(path))
+        plain = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+        save_file(plain, str(path), metadata=None if metadata is None else dict(metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "DirectionPairs":

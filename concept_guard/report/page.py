@@ -107,7 +107,7 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class InfluenceRow:
-    """How a concept moves the logit of a class, over all images.
+    """How a concept moves the probability of a class, over many images.
 
     Attributes:
         concept: Id of the concept.

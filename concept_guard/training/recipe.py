@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from concept_guard.config import GuardConfig
 from concept_guard.errors import ConfigError
@@ -49,7 +56,26 @@ def _three(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-_PathText = Annotated[str, BeforeValidator(_expanded)]
+def _usable(device: str) -> str:
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"not usable here ({reason}); use auto or cpu") from error
+    return device
+
+
+def _one_folder(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError("expected the name of one folder, without slashes")
+    return name
+
+
+# Also of the settings of an audit.
+PathText = Annotated[str, BeforeValidator(_expanded)]
+Device = Annotated[str, AfterValidator(_usable)]
+FolderName = Annotated[str, AfterValidator(_one_folder)]
 _Colour = Annotated[tuple[float, ...] | None, BeforeValidator(_three)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -95,7 +121,7 @@ class Recipe(StrictModel):
 
     model_config = ConfigDict(validate_default=True)
 
-    data_dir: _PathText | None = None
+    data_dir: PathText | None = None
     dataset: Literal["digits"] | None = None
     train_split: str | None = None
     val_split: str | None = None
@@ -104,7 +130,7 @@ class Recipe(StrictModel):
     planted: Planted | None = None
     model: str
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    checkpoint_path: _PathText | None = None
+    checkpoint_path: PathText | None = None
     img_size: int | None = Field(default=None, ge=8)
     mean: _Colour = None
     std: _Colour = None
@@ -121,10 +147,10 @@ class Recipe(StrictModel):
     sched: Literal["cosine"] = "cosine"
     warmup_epochs: float = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
-    device: str = "auto"
+    device: Device = "auto"
     log_interval: int = Field(default=50, ge=1)
-    output: _PathText = "output/train"
-    experiment: str | None = None
+    output: PathText = "output/train"
+    experiment: FolderName | None = None
     resume: bool = False
     compare: bool = False
     guard: GuardConfig = Field(default_factory=GuardConfig)
@@ -213,25 +239,6 @@ class Recipe(StrictModel):
     def _shorter_than_run(cls, value: float, info: ValidationInfo) -> float:
         if value >= info.data.get("epochs", float("inf")):
             raise ValueError(f"expected less than epochs = {info.data['epochs']}")
-        return value
-
-    @field_validator("device")
-    @classmethod
-    def _usable_device(cls, value: str) -> str:
-        if value == "auto":
-            return value
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"not usable here ({reason}); use auto or cpu") from error
-        return value
-
-    @field_validator("experiment")
-    @classmethod
-    def _one_folder(cls, value: str | None) -> str | None:
-        if value is not None and (Path(value).name != value or value in ("", ".", "..")):
-            raise ValueError("expected the name of one folder, without slashes")
         return value
 
     @field_validator("resume")
