@@ -1,4 +1,4 @@
-"""Stage 5: draw a concept as a sheet of probe images with its location marked.
+"""Stage 5: draw a concept as a sheet of probe images with its location marked, or one image.
 
 Nothing here knows about TensorBoard, the model, or how the images were chosen.
 """
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 TILES = 8  # images on a card
 TILE_PIXELS = 96  # long side of one image on the card
+PICTURE_PIXELS = 224  # long side of an image that is shown alone
 _FRAME, _GAP = 3, 4  # pixels
 _PAPER = 1.0
 _RIGHT, _WRONG, _OUTLINE = (0.8, 0.8, 0.8), (0.9, 0.1, 0.1), (1.0, 0.85, 0.0)
@@ -85,7 +86,7 @@ def card_image(card: Card) -> Tensor:
     Returns:
         `(3, height, width)` float32 in `[0, 1]`, at most 852 pixels wide.
     """
-    images = _thumbnails(card.images[:TILES].detach().to("cpu", torch.float32))
+    images = _sized(card.images[:TILES].detach().to("cpu", torch.float32), TILE_PIXELS)
     maps = card.maps[:TILES].detach().to("cpu", torch.float32)
     rows = [images]
     if maps[0].numel() > 1:
@@ -96,14 +97,39 @@ def card_image(card: Card) -> Tensor:
     return functional.pad(sheet, (_GAP, 0, _GAP, 0), value=_PAPER)
 
 
-def _thumbnails(images: Tensor) -> Tensor:
-    """Return images in the size of a tile: in whole pixels if tiny, smoothly scaled otherwise."""
+def picture(image: Tensor) -> Tensor:
+    """Return one image in the size in which it is shown alone.
+
+    Args:
+        image: `(3, H, W)` in `[0, 1]`.
+
+    Returns:
+        `(3, h, w)` float32 in `[0, 1]`, at most 224 pixels wide and high.
+    """
+    return _sized(image[None].detach().to("cpu", torch.float32), PICTURE_PIXELS)[0]
+
+
+def marked_picture(image: Tensor, place: Tensor) -> Tensor:
+    """Return one image with a place in it marked as on a card.
+
+    Args:
+        image: `(3, H, W)` in `[0, 1]`.
+        place: `(h, w)` in `[0, 1]`; the place is where it reaches one half.
+
+    Returns:
+        As `picture`: dark and grey outside the place, with a yellow line around it.
+    """
+    return _marked(picture(image)[None], place[None].detach().to("cpu", torch.float32))[0]
+
+
+def _sized(images: Tensor, pixels: int) -> Tensor:
+    """Return images with this long side: in whole pixels if tiny, smoothly scaled otherwise."""
     images = images.nan_to_num().clamp(0.0, 1.0)
     height, width = images.shape[-2:]
     longest = max(height, width)
-    if longest <= TILE_PIXELS:
-        return functional.interpolate(images, scale_factor=TILE_PIXELS // longest, mode="nearest")
-    size = [max(1, round(side * TILE_PIXELS / longest)) for side in (height, width)]
+    if longest <= pixels:
+        return functional.interpolate(images, scale_factor=pixels // longest, mode="nearest")
+    size = [max(1, round(side * pixels / longest)) for side in (height, width)]
     return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 

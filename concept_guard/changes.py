@@ -103,6 +103,8 @@ def smallest_changes(
     levels: Levels,
     logits_of: Logits,
     tried: Sequence[int],
+    *,
+    linear: bool = False,
 ) -> list[Change | None]:
     """Return for every image the smallest change of one concept that leads to a prediction.
 
@@ -117,19 +119,21 @@ def smallest_changes(
         levels: Of these pairs.
         logits_of: Maps `(N, Q, C)` rows to `(N, M)` logits.
         tried: Positions of the concepts to try.
+        linear: Whether `logits_of` is affine in single rows, so that it need not be asked for every
+            step of every search.
 
     Returns:
         The changes; None where no single one leads there, or the prediction is the wanted one.
     """
     with torch.no_grad():
-        predicted = logits_of(rows).argmax(dim=1)
+        logits = logits_of(rows)
         factors = pairs.factors(rows)
         best: list[Change | None] = [None] * len(rows)
         for concept in tried:
             for kind in ("erase", "insert"):
-                move = _move(factors[..., concept], levels, concept, kind)[..., None]
-                way = _Way(rows, move * pairs.signals[concept], wanted, predicted, logits_of)
-                sizes, classes = way.first()
+                move = _move(factors[..., concept], levels, concept, kind)
+                along = _along(rows, logits, move, pairs.signals[concept], logits_of, linear)
+                sizes, classes = _Way(wanted, logits.argmax(dim=1), along).first()
                 for n in sizes.isfinite().nonzero().flatten().tolist():
                     known = best[n]
                     if known is None or float(sizes[n]) < known.size:
@@ -144,19 +148,28 @@ def _move(factor: Tensor, levels: Levels, concept: int, kind: Kind) -> Tensor:
     return (levels.present[concept] - factor).clamp_min(0.0)
 
 
+def _along(
+    rows: Tensor, logits: Tensor, move: Tensor, signal: Tensor, logits_of: Logits, linear: bool
+) -> Logits:
+    """Return the function from `(N,)` shares of the way to `(N, M)` logits."""
+    if not linear:
+        way = move[..., None] * signal
+        return lambda share: logits_of(rows + share[:, None, None] * way)
+    slope = logits_of(rows[:1] + signal) - logits_of(rows[:1])  # (1, M) per unit along the signal
+    return lambda share: torch.addmm(logits, (share * move[:, 0])[:, None], slope)
+
+
 @dataclass(frozen=True, eq=False)
 class _Way:
     """The straight way of every image along one move."""
 
-    rows: Tensor
-    move: Tensor
     wanted: Tensor
     predicted: Tensor
-    logits_of: Logits
+    logits_along: Logits
 
     def at(self, share: Tensor) -> Tensor:
         """Return `(N,)` predictions after these shares of the way."""
-        return self.logits_of(self.rows + share[:, None, None] * self.move).argmax(dim=1)
+        return self.logits_along(share).argmax(dim=1)
 
     def reached(self, now: Tensor) -> Tensor:
         """Return which predictions are the wanted ones."""
@@ -165,7 +178,7 @@ class _Way:
 
     def first(self) -> tuple[Tensor, Tensor]:
         """Return `(N,)` smallest shares, infinite where there is none, and the classes there."""
-        high = torch.full((len(self.rows),), torch.inf, device=self.rows.device)
+        high = torch.full(self.wanted.shape, torch.inf, device=self.wanted.device)
         for stride in range(1, STRIDES + 1):
             here = torch.full_like(high, stride / STRIDES)
             high = torch.where(self.reached(self.at(here)), high.minimum(here), high)

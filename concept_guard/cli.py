@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+from concept_guard.deciding import MEANING, decide, invitation, left_waiting
+from concept_guard.decisions import ACTS
 from concept_guard.errors import ConceptGuardError, ConfigError
 
 OK, FAILED, MISUSED, STOPPED = 0, 1, 2, 130
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _progress_on_stderr():
             if options.command == "audit":
                 return _audit(options.source, options.data, options.overrides)
+            if options.command in ACTS:
+                return _decide(options.run, options.command, options.ids)
             return _run(options.recipe, options.overrides)
     except ConceptGuardError as error:
         sys.stderr.write(f"concept-guard: {error}\n")
@@ -48,10 +52,12 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; argparse itself leaves key=value behind an option unread."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    takes_more = "overrides" in options
+    wrong = [w for w in rest if w.startswith("-") or "=" not in w or not takes_more]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    options.overrides = [*options.overrides, *rest]
+    if takes_more:
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -84,9 +90,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT_OR_MODEL",
         help="a checkpoint, the folder of a run, a timm model, or a YAML file with settings",
     )
-    audit.add_argument("--data", metavar="FOLDER", help="images: <class>/<image>, or split folders")
+    audit.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="images: <class>/<image>, or split folders; default: the held-out images of the run",
+    )
     audit.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the audit")
+    for act in ACTS:
+        _add_act(commands.add_parser(act, help=MEANING[act], description=_described(act)), act)
     return parser
+
+
+def _described(act: str) -> str:
+    return (
+        f"Decide about concepts of a run: {MEANING[act]}. The run carries it out at its next "
+        "round, or when it is resumed. Without ids: show the flags of the last round."
+    )
+
+
+def _add_act(parser: argparse.ArgumentParser, act: str) -> None:
+    parser.epilog = f"example: concept-guard {act} output/train/a 3"
+    parser.add_argument("run", metavar="RUN", help="output folder of the run; the guard's log_dir")
+    parser.add_argument("ids", metavar="ID", nargs="*", help="concepts, as the table shows them")
 
 
 def _version() -> str:
@@ -108,8 +133,17 @@ def _run(path: str, overrides: Sequence[str]) -> int:
         kept = [text for text in overrides if text.partition("=")[0] not in _RESUMING]
         experiment = f"experiment={stop.folder.name}"
         command = shlex.join(["concept-guard", "run", path, *kept, experiment, "resume=true"])
-        raise Interrupted(f"{stop}. To continue:\n  {command}") from None
+        waits = invitation(stop.folder)
+        more = f". {waits[0].upper()}{waits[1:]}\nTo" if waits else ". To"
+        raise Interrupted(f"{stop}{more} continue:\n  {command}") from None
     sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, everything in {result.folder}\n")
+    if left := left_waiting(result.folder):
+        sys.stdout.write(f"{left}\n")
+    return OK
+
+
+def _decide(run: str, act: str, words: Sequence[str]) -> int:
+    sys.stdout.write(f"{decide(run, act, words)}\n")
     return OK
 
 

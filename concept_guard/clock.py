@@ -1,4 +1,4 @@
-"""How much of the wall time the guard uses, and whether its budget allows more.
+"""When the guard works: at which updates something is due, and whether its budget allows it.
 
 Nothing here knows what the time is spent on.
 """
@@ -6,6 +6,32 @@ Nothing here knows what the time is spent on.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+class Timetable:
+    """At which optimizer updates rounds are due, and re-estimations between them.
+
+    Args:
+        start: Updates before the first round.
+        every: Updates between rounds.
+        track_every: Updates between re-estimations.
+    """
+
+    def __init__(self, start: int, every: int, track_every: int) -> None:
+        self._start, self._every, self._track_every = start, every, track_every
+
+    def is_round(self, step: int) -> bool:
+        """Return whether a round is due after so many updates."""
+        return step >= self._start and (step - self._start) % self._every == 0
+
+    def is_tracking(self, step: int) -> bool:
+        """Return whether tracked pairs are due to be estimated again."""
+        return step % self._track_every == 0
+
+    def next_round(self, step: int) -> int:
+        """Return after how many updates, more than `step`, the next round is due."""
+        passed = max(0, step + 1 - self._start)
+        return self._start + -(-passed // self._every) * self._every
 
 
 class Clock:

@@ -94,7 +94,8 @@ class GuardConfig(StrictModel):
         action: What is done about a flagged concept; empty means observe only.
         max_erased: Concepts that may be erased at the same time.
         alpha: False-discovery level of the flags; smaller flags less.
-        approve: `auto` corrects what is flagged, `manual` waits for `guard.approve`.
+        approve: `auto` corrects what is flagged, `manual` waits for `guard.approve`
+            or the command `concept-guard approve`.
         strength: Share of the excess factor that the projection takes away.
         budget: Share of the wall time the guard may use, stretching its intervals; `None`
             keeps the schedule as it is, which makes runs reproducible.

@@ -3,8 +3,9 @@
 Nothing here decides which concepts drive errors.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from torch.nn import functional
 from concept_guard import state
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts, Projection, bake_into, projection
-from concept_guard.directions import DirectionPairs
+from concept_guard.directions import DirectionPairs, leading
 from concept_guard.flags import Candidate, Flag
-from concept_guard.probe import Batches, Reading, images_at
-from concept_guard.rounds import Findings, as_tracked, candidate_of, twin
+from concept_guard.influence import Tail
+from concept_guard.probe import Batches, images_at
+from concept_guard.reading import Reading
+from concept_guard.rounds import Findings, as_tracked
 from concept_guard.taps import Edit, Tap
 from concept_guard.tracking import Tracked, reference_images
-
-Logits = Callable[[Edit | None], Tensor]
+from concept_guard.trial import Trial, twin
 
 
 class Corrector:
@@ -65,24 +67,32 @@ class Corrector:
         """
         return self._counts.weights(self.tracked, rows, labels)
 
-    def tail(self, reading: Reading) -> Logits:
+    def tail(self, reading: Reading) -> Tail:
         """Return a function from an edit, on top of the current one, to the reading's logits.
 
         Args:
             reading: Rows of the probe images.
 
         Returns:
-            Maps an edit of `(N, Q, C)` rows to `(N, M)` logits. A linear map behind the tap is
-            evaluated on the rows; otherwise the probe is passed through the model again.
+            Maps an edit of `(N, Q, C)` rows, and the `(n,)` positions of some of the images or
+            None for all, to `(n, M)` logits. A linear map behind the tap is evaluated on the rows;
+            otherwise the images are passed through the model again.
         """
         head, current = self._tap.classifier, self._tap.edit
 
-        def logits(edit: Edit | None) -> Tensor:
+        @cache
+        def images_of(indices: tuple[int, ...]) -> Tensor:
+            return images_at(self._probe, torch.tensor(indices))[0]
+
+        def logits(edit: Edit | None, at: Tensor | None) -> Tensor:
             both = _Chain([e for e in (current, edit) if e is not None])
             if head is not None:
                 with torch.no_grad():
-                    rows = both(reading.rows)[:, 0].to(head.weight.dtype)
+                    rows = reading.rows if at is None else reading.rows[at]
+                    rows = both(rows)[:, 0].to(head.weight.dtype)
                     return functional.linear(rows, head.weight, head.bias).float()
+            if at is not None:
+                return self._tap.logits(images_of(tuple(reading.indices[at].tolist())), both)
             passes = [self._tap.logits(images, both) for images, _ in self._probe]
             return torch.cat(passes)[reading.indices.to(passes[0].device)]
 
@@ -121,7 +131,7 @@ class Corrector:
         if_erased = None
         if new:
             again = [_once(c) for c in new.values()]
-            if_erased = self.tail(reading)(projection(again, self._config.strength))
+            if_erased = self.tail(reading)(projection(again, self._config.strength), None)
         room = max(0, self._config.max_erased - len(self.tracked)) if self._config.action else 0
         self._set([*found.tracked, *map(_begun, list(new.values())[:room])], reading)
         self.flags |= {i: c.flag for i, c in list(new.items())[:room]}
@@ -143,12 +153,10 @@ class Corrector:
                 erased already; none is corrected then.
         """
         under_way = {t.concept for t in self.tracked}
-        tail = self.tail(reading)
-        chosen = [
-            candidate_of(i, known, pairs, reading, tail, self._config)
-            for i in ids
-            if i not in under_way
-        ]
+        rows = reading.rows
+        narrow = leading(rows.flatten(0, 1), reading.labels.repeat_interleave(rows.shape[1]))
+        trial = Trial(reading, self.tail(reading), narrow, self._config, self._config.seed)
+        chosen = [trial.of_one(i, known, pairs) for i in ids if i not in under_way]
         hopeless = [f"concept {c.flag.concept}: {c.flag.reason}" for c in chosen if c.pair is None]
         if hopeless:
             raise ValueError(

@@ -13,6 +13,8 @@ from torch.nn import functional
 from concept_guard.changes import Change, Levels, Logits, amounts_of, smallest_changes
 from concept_guard.directions import DirectionPairs
 from concept_guard.localisation import location_maps
+from concept_guard.probe import Batches
+from concept_guard.reading import check_counts
 from concept_guard.taps import Tap
 
 BATCH = 64  # images explained at a time
@@ -76,6 +78,60 @@ class Explanation:
         if self.to_label is not None and self.label != self.predicted:
             evidence = evidence - (self.to_label - self.usual[1])
         return self.concepts[int(evidence.argmax())]
+
+
+class Explainer:
+    """Explains images by a round's concepts; reads their usual levels from the probe once.
+
+    Args:
+        tap: Where the concepts are read.
+        probe: The probe.
+        max_rows: Rows of the probe that are kept.
+    """
+
+    def __init__(self, tap: Tap, probe: Batches, max_rows: int) -> None:
+        self._tap, self._probe, self._max_rows = tap, probe, max_rows
+        self._levels: tuple[DirectionPairs, Levels] | None = None
+
+    def explain(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        pairs: DirectionPairs,
+        ids: Sequence[int],
+        *,
+        maps: bool,
+    ) -> list[Explanation]:
+        """Explain what the model says about images.
+
+        Args:
+            images: `(N, ...)` images as the model takes them.
+            labels: `(N,)` classes, or None; a `ProbeError` names labels that are no class.
+            pairs: Direction pairs at the tap.
+            ids: Ids of the pairs, in order.
+            maps: Whether to find the place of the concept that speaks most for each prediction.
+
+        Returns:
+            One explanation per image.
+
+        Raises:
+            ValueError: If labels and images do not belong together.
+        """
+        if labels is not None:
+            if labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; "
+                    "expected one class per image"
+                )
+            check_counts([labels], self._tap.num_classes)
+        levels = self._levels_of(pairs)
+        return explain_images(self._tap, images, labels, pairs, ids, levels, maps=maps)
+
+    def _levels_of(self, pairs: DirectionPairs) -> Levels:
+        if self._levels is None or self._levels[0] is not pairs:
+            rows = self._tap.read(self._probe, max_rows=self._max_rows, seed=0).rows
+            self._levels = (pairs, Levels.of(pairs.factors(rows), pairs))
+        return self._levels[1]
 
 
 def explain_images(
@@ -201,8 +257,10 @@ def explain(
         worth = worth - (given[1] - usual[1])
     order = worth.abs().sum(dim=0).argsort(descending=True).tolist()
     search = (pairs, ids, levels, logits_of, order if linear else order[:TRIED])
-    flips = smallest_changes(rows, torch.full_like(predicted, -1), *search)
-    repairs = [None] * len(rows) if labels is None else smallest_changes(rows, labels, *search)
+    flips = smallest_changes(rows, torch.full_like(predicted, -1), *search, linear=linear)
+    repairs: list[Change | None] = [None] * len(rows)
+    if labels is not None:
+        repairs = smallest_changes(rows, labels, *search, linear=linear)
     begins, ends = (
         torch.stack([t.gather(1, k[:, None])[:, 0] for k in asked], 1) for t in (middle, logits)
     )

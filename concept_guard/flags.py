@@ -3,7 +3,6 @@
 Nothing here knows how concepts were found or what will be done about them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +15,14 @@ from concept_guard.directions import (
     refine_membership,
     within_class_pair,
 )
-from concept_guard.influence import Effect, effect
-from concept_guard.probe import Reading
+from concept_guard.influence import Effect, Tail, control, effect, moved
+from concept_guard.reading import Reading
 
 LEAST_DIFFERENCE = 0.1  # risk differences below this are not worth acting on, however certain
 LEAST_SEPARATION = 0.4  # see Membership.separation
 MOST_CHANCE = 0.05  # see Membership.chance
+LEAST_OWN_SEPARATION = 0.8  # the same in the class itself; asked for where the other is missing
+MOST_OWN_CHANCE = 0.001
 LEAST_FREED = 0.5  # share of the driven errors that erasing must take away from the class
 LEAST_WITHIN = 0.5  # share of the variance of presence, in other classes, that is within classes
 EXAMPLES = 16
@@ -35,9 +36,11 @@ class Flag:
         concept: Id of the concept.
         class_index: The class it pulls towards.
         risk_difference: How much more often images of other classes are predicted as this class
-            when the concept is present, the true class held fixed.
+            when the concept is present, the true class held fixed. Of presence as it was
+            sharpened, if it could be.
         interval: Its 95 % interval.
-        p_value: One-sided exact probability of such tables without association.
+        p_value: One-sided exact probability of such tables without association; of presence as
+            the detector of the round has it, for which the level of the flags holds.
         q_value: The same after false-discovery control over all concepts and classes.
         fixed: Probe predictions that erasing turns right.
         broken: Probe predictions that erasing turns wrong.
@@ -99,34 +102,39 @@ def confirm(
     flag: Flag,
     reading: Reading,
     present: Tensor,
-    logits_if: Callable[[WithinClassPair], Tensor],
+    tail: Tail,
     *,
+    narrow: Tensor | None = None,
+    strength: float = 1.0,
     seed: int,
 ) -> Candidate:
     """Decide by erasing whether a concept that goes with errors also causes them.
 
     Presence is sharpened first; the concept's pair is estimated within classes; erasing along it
-    must move the wrong logit down and repair a share of the driven errors. A concept that is
-    only the upper tail of a continuous quantity is the class's own evidence rather than a mark
-    beside it, and stays unconfirmed.
+    must move the wrong logit down, more than as long a move in any of 19 random directions, and
+    take half of the driven errors away from the class. A concept that is only the upper tail of
+    a continuous quantity is the class's own evidence (a core concept) rather than a mark beside
+    it, and stays unconfirmed.
 
-    Departure: separation is asked for besides the causal effect. On a CIFAR-10 network with a
-    planted patch, risk difference alone ranked the patch 1st to 11th of its concepts (16 and 32
-    concepts), because parts of a class (a horse's shape on a deer) pull as hard and are repaired
-    by erasing as often. Over two fits on each of 55 snapshots (CIFAR-10, digits, small synthetic
-    worlds, 26 of them without a shortcut) the rule keeps the planted mark in 41 of the 48 fits
-    that have a candidate for it, a part of the mark in 3, and 2 other cells, both on images of
-    overlapping colours, where the network has pulled its errors into the wrong class's cluster.
-    Chosen on the same snapshots, read by a slightly earlier engine and with all other classes in
-    one table: of 48 and all other cells 39 and 3; separation of .2 without significance 45 and
-    36; significance at .01 34 and none.
+    Departure: that images carry it or not, with nothing between, is asked for besides the causal
+    effect. On a CIFAR-10 network with a planted patch, risk difference alone ranked the patch 1st
+    to 11th of its concepts (16 and 32 concepts), because parts of a class (a horse's shape on a
+    deer) pull as hard and are repaired by erasing as often. Over 55 snapshots (CIFAR-10, digits,
+    small synthetic worlds, 26 of them without a shortcut) the rule keeps the planted mark in 21 of
+    the 24 that have a candidate for it, and one other cell, on images of overlapping colours where
+    the network has pulled its errors into the wrong class's cluster. Before a class divided in two
+    counted as evidence, planted marks on 20 of 4,000 images among look-alikes were lost: on two
+    networks with four shortcuts, 16 of 24 probes were flagged, with it 24, and still no core
+    concept. Chosen on these snapshots and networks; the benchmark of the flags uses others.
 
     Args:
         flag: Statistics so far, status `found`.
         reading: Rows, logits and labels of the probe.
         present: `(N, Q)` bool, which rows carry the concept.
-        logits_if: Maps a pair to the `(N, M)` logits with the concept erased.
-        seed: Chooses the folds of the sharpening.
+        tail: Maps an edit of the rows to logits.
+        narrow: `(P, A)` the same rows in fewer axes, to sharpen presence in; None takes them all.
+        strength: Share of the excess factor that is erased, in (0, 1].
+        seed: Chooses the folds of the sharpening and the random directions.
 
     Returns:
         The flag, `unconfirmed` with the reason if the causes do not hold, and its pair.
@@ -134,7 +142,13 @@ def confirm(
     rows, labels, logits = reading.rows, reading.labels, reading.logits
     flat, flat_labels = rows.flatten(0, 1), labels.repeat_interleave(rows.shape[1])
     others = labels != flag.class_index
-    sharp = refine_membership(flat, flat_labels, present.flatten(), flag.class_index, seed=seed)
+    sharp = refine_membership(
+        flat if narrow is None else narrow,
+        flat_labels,
+        present.flatten(),
+        flag.class_index,
+        seed=seed,
+    )
     if sharp is not None:
         present = sharp.present.view_as(present)
     carried = present.any(dim=1)
@@ -144,17 +158,26 @@ def confirm(
         return Candidate(replace(flag, status="unconfirmed", reason=problem), pair, present, -1.0)
     predicted = logits.argmax(dim=1)
     again = associate(carried[:, None], predicted, labels, logits.shape[1])
-    caused = effect(logits, logits_if(pair), labels, carried, flag.class_index)
+    erased = tail(moved(pair, pair.signal, strength), None)
+    caused = effect(logits, erased, labels, carried, flag.class_index)
     driven = carried & others & (predicted == flag.class_index)
-    problem = _objection(sharp, caused, float(again.difference[0, flag.class_index]))
+    cell = (0, flag.class_index)
+    difference = float(again.difference[cell])
+    problem = _objection(sharp, caused, difference)
+    grounds = _grounds(sharp, caused)
+    if not problem:
+        elsewhere = control(reading, present, driven, pair, tail, flag.class_index, strength, seed)
+        problem, grounds = elsewhere.objection, f"{grounds}; {elsewhere.grounds}"
     flag = replace(
         flag,
+        risk_difference=difference,
+        interval=(float(again.low[cell]), float(again.high[cell])),
         fixed=caused.fixed,
         broken=caused.broken,
         present=int((carried & others).sum()),
         examples=tuple(reading.indices[driven][:EXAMPLES].tolist()),
         status="unconfirmed" if problem else "found",
-        reason=problem or _grounds(sharp, caused),
+        reason=problem or grounds,
     )
     return Candidate(flag, pair, present, sharp.separation)
 
@@ -194,17 +217,29 @@ def _objection(sharp: Membership, caused: Effect, difference: float) -> str:
         return f"erasing it moves the wrong logit up ({caused.logit_change:+.2f})"
     if caused.freed < LEAST_FREED * caused.driven:
         return f"erasing it changes {caused.freed} of the {caused.driven} errors it drives"
-    if sharp.separation >= LEAST_SEPARATION and sharp.chance > MOST_CHANCE:
+    if _is_mark(sharp):
+        return ""
+    if sharp.separation >= LEAST_SEPARATION:
         return (
             f"too few images tell a mark from a matter of degree ({sharp.valley} between absence "
             f"and presence, {sharp.peak} at presence)"
         )
-    if sharp.separation < LEAST_SEPARATION:
-        return (
-            f"it is a matter of degree ({sharp.valley} images between absence and presence, "
-            f"{sharp.peak} at presence): the class's own evidence, not a mark beside it"
-        )
-    return ""
+    return (
+        f"it is a matter of degree ({sharp.valley} images between absence and presence, "
+        f"{sharp.peak} at presence): the class's own evidence, not a mark beside it"
+    )
+
+
+def _is_mark(sharp: Membership) -> bool:
+    """Return whether images carry a concept or not, with nothing between, in other classes or own.
+
+    The images of other classes that carry a shortcut may be too few to show two groups, or lie
+    among look-alikes. Those of its own class are many: if most carry it, the rest do not, and
+    nothing lies between, then it is not the evidence of the class.
+    """
+    others = sharp.separation >= LEAST_SEPARATION and sharp.chance <= MOST_CHANCE
+    divided = sharp.own_separation >= LEAST_OWN_SEPARATION and sharp.own_chance <= MOST_OWN_CHANCE
+    return others or (divided and sharp.own_peak >= sharp.own_absence)
 
 
 def _grounds(sharp: Membership, caused: Effect) -> str:
@@ -212,5 +247,7 @@ def _grounds(sharp: Membership, caused: Effect) -> str:
     return (
         f"erasing it moves the wrong logit by {caused.logit_change:+.2f}, changes {caused.freed} "
         f"and repairs {caused.repaired} of the {caused.driven} errors it drives; {sharp.valley} "
-        f"images lie between absence and presence, {sharp.peak} at presence"
+        f"images of other classes lie between absence and presence, {sharp.peak} at presence; in "
+        f"the class itself {sharp.own_absence} are at absence, {sharp.own_valley} between, "
+        f"{sharp.own_peak} at presence"
     )

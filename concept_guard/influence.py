@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from concept_guard.directions import WithinClassPair
+from concept_guard.reading import Reading
+from concept_guard.taps import Edit
+
 NULLS = 199  # random directions; the smallest p-value is 1 / 200
+CONTROLS = 19  # the true direction beats all of them by chance in 1 of 20 cases
+CONTROLLED = 32  # driven errors on which they are tried
+
+# Maps an edit of the rows to the logits of the images at the given positions; None means all.
+Tail = Callable[[Edit | None, Tensor | None], Tensor]
 
 
 def erase(
@@ -104,6 +113,131 @@ def effect(
     )
 
 
+def random_directions(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Draw directions in which rows vary: what chance makes of an encoding direction.
+
+    They are what the pattern of presence becomes when presence is shuffled over the rows: normal
+    with their covariance.
+
+    Args:
+        rows: `(P, C)` activations.
+        count: How many to draw.
+        seed: Of the draw.
+
+    Returns:
+        `(count, C)` unit vectors in the dtype of `rows`.
+    """
+    weights = torch.randn(count, len(rows), generator=torch.Generator().manual_seed(seed))
+    return normalize(weights.to(rows) @ (rows - rows.mean(dim=0)), dim=1)
+
+
+def moved(pair: WithinClassPair, direction: Tensor, strength: float) -> Edit:
+    """Return the edit that moves rows along a direction by their excess over absence.
+
+    Args:
+        pair: Reads the excess.
+        direction: `(C,)` what is taken away per unit of it; the signal vector erases the concept.
+        strength: Share of the way to go, in (0, 1].
+
+    Returns:
+        A function of `(..., C)` rows.
+    """
+
+    def edit(rows: Tensor) -> Tensor:
+        x = rows.to(pair.filter.dtype)
+        excess = x @ pair.filter - pair.absent
+        return (x - strength * excess[..., None] * direction).to(rows.dtype)
+
+    return edit
+
+
+@dataclass(frozen=True)
+class Control:
+    """How the wrong logit moves on some driven errors, erased and moved as far elsewhere.
+
+    Attributes:
+        erased: Mean change along the signal vector.
+        random: The same along random directions.
+        filter: The same along the filter.
+    """
+
+    erased: float
+    random: tuple[float, ...]
+    filter: float
+
+    @property
+    def objection(self) -> str:
+        """Why the concept is not held to cause the errors, or nothing."""
+        as_low = sum(change <= self.erased for change in self.random)
+        if not as_low:
+            return ""
+        return (
+            f"{as_low} of {len(self.random)} random directions of the same length move the wrong "
+            f"logit down as far ({self.erased:+.2f})"
+        )
+
+    @property
+    def grounds(self) -> str:
+        """What speaks for the concept."""
+        return (
+            f"as far in random directions moves it by {min(self.random):+.2f} at most, along the "
+            f"filter by {self.filter:+.2f}"
+        )
+
+
+def control(
+    reading: Reading,
+    present: Tensor,
+    driven: Tensor,
+    pair: WithinClassPair,
+    tail: Tail,
+    class_index: int,
+    strength: float,
+    seed: int,
+) -> Control:
+    """Move some driven errors as far as erasing does: in random directions, and in the filter's.
+
+    The random directions are those in which rows vary that have the same class and presence.
+
+    Args:
+        reading: Rows and labels of the probe.
+        present: `(N, Q)` bool, which rows carry the concept.
+        driven: `(N,)` bool, the errors it drives.
+        pair: Its pair.
+        tail: Maps an edit of the rows to logits.
+        class_index: The class it pulls towards.
+        strength: Share of the excess factor that is erased, in (0, 1].
+        seed: Of the random directions.
+
+    Returns:
+        Changes of the logit of that class.
+    """
+    flat = reading.rows.flatten(0, 1)
+    labels = reading.labels.repeat_interleave(reading.rows.shape[1])
+    beside = flat - _group_means(flat, 2 * labels + present.flatten())
+    at = driven.nonzero().flatten()[:CONTROLLED]
+    length = pair.signal.norm()
+    before = tail(None, at)
+
+    def change(direction: Tensor) -> float:
+        after = tail(moved(pair, length * direction, strength), at)
+        return float((after - before)[:, class_index].mean())
+
+    return Control(
+        change(pair.signal / length),
+        tuple(map(change, random_directions(beside, CONTROLS, seed))),
+        change(normalize(pair.filter, dim=0)),
+    )
+
+
+def _group_means(rows: Tensor, group: Tensor) -> Tensor:
+    """Return for every row the mean of its group."""
+    count = torch.bincount(group)
+    total = torch.zeros((len(count), rows.shape[1]), dtype=rows.dtype, device=rows.device)
+    total.index_add_(0, group, rows)
+    return (total / count.clamp_min(1)[:, None])[group]
+
+
 @dataclass(frozen=True, eq=False)
 class GlobalInfluence:
     """What inserting concepts does to the probabilities of the classes, over many images.
@@ -131,8 +265,7 @@ def global_influence(
     """Test which concepts move which class more than directions of the data at random do.
 
     Every position of every image is moved along the signal vector, by the same length for all
-    concepts: the median of their steps. Random directions are what the pattern of presence
-    becomes when presence is shuffled: normal with the covariance of the rows.
+    concepts: the median of their steps. The controls are `random_directions`.
 
     Source: Pfau et al. (2021), RCAV (arXiv 2104.03782), section 3, and arXiv 2509.23926 for signal
     vectors in it.
@@ -153,9 +286,7 @@ def global_influence(
     """
     lengths = steps.abs() * signals.norm(dim=1)
     length = lengths.median() if len(lengths) else steps.sum()
-    flat = rows.flatten(0, 1)
-    weights = torch.randn(NULLS, len(flat), generator=torch.Generator().manual_seed(seed))
-    random = weights.to(flat) @ (flat - flat.mean(dim=0))
+    random = random_directions(rows.flatten(0, 1), NULLS, seed)
     before = logits_of(rows).softmax(dim=1)
 
     def changes(directions: Tensor) -> Tensor:

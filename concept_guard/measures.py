@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concept_guard.association import MOST_CARRIERS, Sensitivity
 from concept_guard.flags import Flag
-from concept_guard.probe import Reading
+from concept_guard.reading import Reading
 
 SMALLEST_GROUP = 5  # images; the accuracy of fewer says nothing
 
@@ -143,8 +143,8 @@ def error_share_explained(
     return float(explained.sum() / wrong.sum().clamp_min(1))
 
 
-def _from(images: int) -> str:
-    return f"{images} on" if images < MOST_CARRIERS else f"more than {images} on"
+def _at_least(images: int) -> str:
+    return f"at least {images}" if images < MOST_CARRIERS else f"more than {images}"
 
 
 def verdict(
@@ -168,8 +168,8 @@ def verdict(
         return f"flagged: {'; '.join(parts)}"
     basis = f"{errors} errors seen on {images} probe images"
     limits = (
-        f"a shortcut on fewer than {seen.least} images of other classes cannot be seen with these, "
-        f"one that misleads on half of its images is likely to be from {_from(seen.likely)}"
+        f"a shortcut on fewer than {seen.least} images of other classes cannot be seen with these; "
+        f"one that misleads on half of its images needs {_at_least(seen.likely)} of them"
     )
     if not flags:
         return f"no evidence: {basis}, no concept goes with them (q <= {alpha:g}); {limits}"

@@ -3,36 +3,33 @@
 Nothing here changes the model, keeps state or writes logs: the guard decides what to do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from concept_guard.association import Association, associate
+from concept_guard.association import associate
 from concept_guard.config import GuardConfig
-from concept_guard.correction import projection
 from concept_guard.directions import (
     Concept,
     DirectionPairs,
     WithinClassPair,
     cosines,
     fit_pairs,
+    leading,
     match,
     refine_membership,
     within_class_pair,
 )
-from concept_guard.flags import Candidate, Flag, candidates, confirm
-from concept_guard.probe import Reading
-from concept_guard.taps import Edit
+from concept_guard.flags import Candidate
+from concept_guard.influence import Tail
+from concept_guard.reading import Reading
 from concept_guard.tracking import Tracked
+from concept_guard.trial import Trial, correlation
 
-SAME_IMAGES = 0.5  # correlation of presence from which two concepts count as one
 SAME_CARRIERS = 0.8  # correlation of presence from which a concept still is what it was
 TOP_EXAMPLES = 8
-CONFIRMED_AT_MOST = 8  # concepts that are tested by erasing in one round, strongest first
-
-Tail = Callable[[Edit | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +103,7 @@ def look(
 
     Args:
         reading: Rows, logits and labels of the probe.
-        tail: Maps an edit of the rows to the `(N, M)` logits of the reading's images.
+        tail: Maps an edit of the rows to the logits of the reading's images.
         config: Settings of the guard.
         seed: Of everything random in this round.
         last: Pairs of the last round.
@@ -122,14 +119,15 @@ def look(
     size = number_of_concepts(config.concepts, num_classes, len(flat), flat.shape[1])
     pairs = fit_pairs(flat, concepts=size, init=last, seed=seed)
     factors = pairs.factors(rows)  # (N, Q, K)
-    again = tuple(_read_anew(t, reading, seed) for t in tracked)
+    narrow = leading(flat, reading.labels.repeat_interleave(rows.shape[1]))
+    again = tuple(_read_anew(t, reading, narrow, seed) for t in tracked)
     ids, matched, next_id = _identities(again, pairs, last, last_ids, next_id, flat)
     present = factors > 0
     carried = present.any(dim=1)  # (N, K)
     predicted = reading.logits.argmax(dim=1)
     found = associate(carried, predicted, reading.labels, num_classes)
-    erased_now = {t.concept: t.carriers for t in again}
-    tested = _tested(reading, present, found, ids, erased_now, tail, config, seed)
+    trial = Trial(reading, tail, narrow, config, seed)
+    tested = trial.of_all(found, present, ids, {t.concept: t.carriers for t in again})
     peaks = factors.amax(dim=1)
     concepts = tuple(
         Concept(
@@ -161,7 +159,7 @@ def look(
     )
 
 
-def _read_anew(tracked: Tracked, reading: Reading, seed: int) -> Tracked:
+def _read_anew(tracked: Tracked, reading: Reading, narrow: Tensor, seed: int) -> Tracked:
     """Return a tracked concept with its pair from the whole probe.
 
     Its carriers change only if they can be told apart more clearly now and stay nearly the same.
@@ -172,7 +170,7 @@ def _read_anew(tracked: Tracked, reading: Reading, seed: int) -> Tracked:
     if carriers.shape != reading.rows.shape[:2]:
         read = flat @ tracked.pair.filter.to(flat) > tracked.pair.threshold
         carriers = read.view(reading.rows.shape[:2])
-    sharp = refine_membership(flat, labels, carriers.flatten(), tracked.class_index, seed=seed)
+    sharp = refine_membership(narrow, labels, carriers.flatten(), tracked.class_index, seed=seed)
     if sharp is not None and sharp.separation > tracked.separation:
         present = sharp.present.view_as(carriers)
         if correlation(present, carriers) >= SAME_CARRIERS:
@@ -209,65 +207,6 @@ def _identities(
     return tuple(names[i] for i in range(len(pairs.filters))), matched, next_id
 
 
-def _tested(
-    reading: Reading,
-    present: Tensor,
-    found: Association,
-    ids: Sequence[int],
-    erased_now: dict[int, Tensor],
-    tail: Tail,
-    config: GuardConfig,
-    seed: int,
-) -> dict[int, Candidate]:
-    """Return the strongest associations, tested by erasing, without what is corrected already."""
-    result: dict[int, Candidate] = {}
-
-    for i, k in candidates(found, config.alpha, CONFIRMED_AT_MOST):
-        if ids[i] in erased_now:
-            continue
-        candidate = _confirmed(reading, present, found, (i, k), ids[i], tail, config, seed)
-        found_so_far = {c: r.present for c, r in result.items() if r.flag.status == "found"}
-        known = {**erased_now, **found_so_far}
-        same = twin(candidate.present, known)
-        if candidate.flag.status == "found" and same is not None:
-            reason = f"its images are those of concept {same}"
-            flag = replace(candidate.flag, status="unconfirmed", reason=reason)
-            candidate = replace(candidate, flag=flag)
-        result[ids[i]] = candidate
-    return result
-
-
-def _confirmed(
-    reading: Reading,
-    present: Tensor,
-    found: Association,
-    at: tuple[int, int],
-    concept: int,
-    tail: Tail,
-    config: GuardConfig,
-    seed: int,
-) -> Candidate:
-    """Return one (concept, class) cell of the tables as a flag that was tested by erasing."""
-    flag = Flag(
-        concept=concept,
-        class_index=at[1],
-        risk_difference=float(found.difference[at]),
-        interval=(float(found.low[at]), float(found.high[at])),
-        p_value=float(found.p_value[at]),
-        q_value=float(found.q_value[at]),
-        fixed=0,
-        broken=0,
-        present=int(found.present[at]),
-        examples=(),
-        status="found",
-    )
-
-    def logits_if(pair: WithinClassPair) -> Tensor:
-        return tail(projection([as_tracked(concept, at[1], pair)], config.strength))
-
-    return confirm(flag, reading, present[:, :, at[0]], logits_if, seed=seed)
-
-
 def as_tracked(concept: int, class_index: int, pair: WithinClassPair) -> Tracked:
     """Return a concept that is corrected once, without carriers or reference images.
 
@@ -281,65 +220,6 @@ def as_tracked(concept: int, class_index: int, pair: WithinClassPair) -> Tracked
     """
     none = torch.zeros((0, 1), dtype=torch.bool)
     return Tracked(concept, class_index, pair, none, -1.0, none[:, 0].long(), none)
-
-
-def candidate_of(
-    concept: int,
-    ids: Sequence[int],
-    pairs: DirectionPairs,
-    reading: Reading,
-    tail: Tail,
-    config: GuardConfig,
-) -> Candidate:
-    """Test one concept by erasing, whatever its statistics.
-
-    Args:
-        concept: Its id.
-        ids: Ids of the pairs.
-        pairs: Pairs of the last round.
-        reading: A new reading of the probe.
-        tail: Maps an edit of the rows to the logits of the reading's images.
-        config: Settings of the guard.
-
-    Returns:
-        The candidate, for the class with the largest risk difference.
-    """
-    position = list(ids).index(concept)
-    present = pairs.present(reading.rows)
-    predicted = reading.logits.argmax(dim=1)
-    found = associate(present.any(dim=1), predicted, reading.labels, reading.logits.shape[1])
-    k = int(found.difference[position].argmax())
-    return _confirmed(reading, present, found, (position, k), concept, tail, config, config.seed)
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Return how alike two presences are.
-
-    Args:
-        a: `(N, Q)` bool.
-        b: `(N, Q)` bool, over the same rows.
-
-    Returns:
-        Correlation over images, between -1 and 1; 0 if one of them does not vary.
-    """
-    x, y = (p.any(dim=1).double() for p in (a, b))
-    spread = float((x.var() * y.var()).sqrt())
-    covariance = float(((x - x.mean()) * (y - y.mean())).sum()) / max(1, len(x) - 1)
-    return covariance / spread if spread else 0.0
-
-
-def twin(present: Tensor, known: Mapping[int, Tensor]) -> int | None:
-    """Return the concept that has nearly the same images, if there is one.
-
-    Args:
-        present: `(N, Q)` bool, which rows carry a concept.
-        known: Concept id to the same of other concepts.
-
-    Returns:
-        Its id or None.
-    """
-    alike = (i for i, other in known.items() if correlation(present, other) >= SAME_IMAGES)
-    return next(alike, None)
 
 
 def _leak(tracked: Tracked, predicted: Tensor, labels: Tensor, num_classes: int) -> float:

@@ -12,18 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.errors import TapError
-from concept_guard.probe import (
-    Reading,
-    Reservoir,
-    check_labels,
-    checked_pair,
-    isolated,
-    probe_batches,
-)
+from concept_guard.probe import isolated, probe_batches
+from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
 from concept_guard.sites import Layout, Survey, is_head, locate, positions, refuse_compiled, silence
 
 __all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
 
+SAME_MEAN = 1e-3  # of the largest value: what rounding may leave between rows and means
 Edit = Callable[[Tensor], Tensor]
 
 
@@ -270,6 +265,30 @@ class Tap:
         given = rows if edit is None else edit(rows)
         with self._own_pass(lambda _: given) as model, torch.set_grad_enabled(rows.requires_grad):
             return self._forward(model, images)[0]
+
+    def pooled_from(self, images: Tensor) -> Tensor | None:
+        """Return the feature map of an isolated pass whose plain mean is the row of each image.
+
+        Args:
+            images: `(N, ...)` images.
+
+        Returns:
+            `(N, h, w, C)` float32 on the device of the model; None at a tap with positions, for a
+            model without `forward_features`, and where its mean is not the row.
+        """
+        if self.layout != "NC" or not hasattr(self._model, "forward_features"):
+            return None
+        with self._own_pass(self.edit) as model:
+            rows = self._forward(model, images)[1][:, 0]
+            maps = model.forward_features(_placed(model, images))  # type: ignore[operator]
+        if not isinstance(maps, Tensor) or maps.ndim != 4:
+            return None
+        for found in (maps.float().movedim(1, -1), maps.float()):
+            if found.shape[-1] == rows.shape[-1]:
+                tolerance = SAME_MEAN * float(rows.abs().max())
+                if torch.allclose(found.mean(dim=(1, 2)), rows, rtol=0, atol=tolerance):
+                    return found
+        return None
 
     def close(self) -> None:
         """Take the hook off the model and let go of both; calling it again does nothing."""

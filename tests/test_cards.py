@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from concept_guard import cards
 from concept_guard.cards import TILES, Card, card_image, displayable
 
 TILE = 96 + 2 * 3  # pixels of an image and its frame
@@ -141,3 +142,17 @@ def test_a_card_that_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"card with images \(.*expected images \(n, 3, H, W\)"):
         Card(torch.zeros(images), torch.zeros(maps), wrong)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(16, 224), (100, 200), (448, 224)])
+def test_a_single_picture_is_dark_but_for_the_place(side: int, shown: int) -> None:
+    image = torch.full((3, side, side), 0.8)
+    place = torch.zeros(4, 4)
+    place[:2, :2] = 1.0
+    whole, marked = cards.picture(image), cards.marked_picture(image, place)
+    assert whole.shape == marked.shape == (3, shown, shown)
+    torch.testing.assert_close(whole, torch.full_like(whole, 0.8))
+    torch.testing.assert_close(
+        marked[:, : shown // 4, : shown // 4], whole[:, : shown // 4, : shown // 4]
+    )
+    assert marked[:, -shown // 4 :, -shown // 4 :].max() < 0.3

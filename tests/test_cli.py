@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from concept_guard import cli
+from concept_guard.decisions import FOLDER, FlagLine, Stage, Standing
 from concept_guard.training import Interrupted, Recipe, RunResult, load_recipe, runs
 from concept_guard.training.digits import Planted
 from concept_guard.training.interrupts import Interrupts
@@ -223,6 +224,12 @@ def finished(folder: Path) -> RunResult:
     )
 
 
+def stands(folder: Path, stage: Stage) -> None:
+    """Let a flag of a run wait."""
+    flags = (FlagLine(3, "ant", "waiting", 0.5, 1e-8, ""),)
+    Standing(stage, 8, 16, "now", "flagged", True, (3, 4), (), flags, 0).write(folder / FOLDER)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
     """Replace training by a note of what was asked for."""
@@ -242,6 +249,18 @@ def test_the_table_is_printed_on_stdout(
     assert cli.main(["run", str(recipe), "seed=3"]) == 0
     assert capsys.readouterr().out == f"the table\n\n61 s, everything in {tmp_path}/run\n"
     assert [one.seed for one in asked] == [3]
+
+
+def test_flags_that_nobody_approved_are_named_at_the_end(
+    recipe: Path, tmp_path: Path, asked: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stands(tmp_path / "run", "finished")
+    assert cli.main(["run", str(recipe)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "not corrected, because nobody approved: concepts 3. This run is finished. Train again "
+        "(another experiment=NAME) and approve while it trains, or with guard.approve=auto"
+    )
+    assert len(asked) == 1
 
 
 def test_progress_and_warnings_are_plain_lines_on_stderr(
@@ -289,6 +308,25 @@ def test_ctrl_c_prints_the_command_that_continues(
     assert said == (
         "concept-guard: stopped after update 3 of 9. To continue:\n"
         f"  concept-guard run {recipe} seed=3 'experiment=a b' resume=true\n"
+    )
+
+
+def test_ctrl_c_says_what_waits_before_the_command_that_continues(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(_recipe: Recipe) -> RunResult:
+        raise Interrupted("stopped after update 3 of 9", tmp_path / "a")
+
+    monkeypatch.setattr("concept_guard.training.run", stop)
+    stands(tmp_path / "a", "stopped")
+    assert cli.main(["run", str(recipe)]) == 130
+    assert capsys.readouterr().err == (
+        "concept-guard: stopped after update 3 of 9. 1 concept waits for approval: "
+        f"concept-guard approve {tmp_path}/a 3\nTo continue:\n"
+        f"  concept-guard run {recipe} experiment=a resume=true\n"
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from worlds import PROBE, net, world
 
 from concept_guard import ConceptGuard
+from concept_guard.clock import Timetable
 
 
 def rounds(guard: ConceptGuard, model: nn.Module, updates: int) -> list[int]:
@@ -57,3 +58,12 @@ def test_a_postponed_round_is_made_up_for_after_resuming(monkeypatch: pytest.Mon
     again = ConceptGuard(model, probe=probe, config={**config, "budget": None})
     again.load_state_dict(guard.state_dict())
     assert rounds(again, model, 1) == [1]  # update 4, for which none is scheduled
+
+
+@pytest.mark.parametrize(("start", "every"), [(1, 1), (1, 8), (5, 3), (100, 200)])
+def test_the_next_round_is_the_first_that_is_due(start: int, every: int) -> None:
+    table = Timetable(start, every, 1)
+    for step in range(start + 3 * every):
+        assert table.next_round(step) == next(
+            n for n in range(step + 1, start + 5 * every) if table.is_round(n)
+        )

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "concept_guard"
 
 # A module may import only from the rows above its own; same-row imports are forbidden.
 LAYERS = [
-    {"errors", "clock", "ids"},
-    {"strict"},
+    {"errors", "clock", "ids", "decisions"},
+    {"strict", "reading", "deciding"},
     {"config"},
     {"probe", "sites"},
     {"taps"},
@@ -25,14 +25,18 @@ LAYERS = [
     {"flags"},
     {"tracking"},
     {"correction"},
+    {"trial"},
     {"rounds"},
     {"records", "cards", "measures", "localisation"},
-    {"explanation"},
+    {"explanation", "health"},
     {"logs", "state"},
-    {"corrector"},
+    {"corrector", "last_round"},
     {"reporting"},
+    {"watch", "rebalancing"},
+    {"acts"},
     {"doctor"},
     {"guard", "report"},
+    {"diagnosis"},
     {"training"},
     {"audit"},
     {"cli"},
@@ -40,6 +44,7 @@ LAYERS = [
 ]
 RANK = {name: row for row, names in enumerate(LAYERS) for name in names}
 INNER = {
+    "reading",
     "probe",
     "sites",
     "taps",
@@ -134,7 +139,7 @@ def test_an_upward_import_is_found(line: str, complaint: str) -> None:
     assert not upward("taps", imported(ast.parse("from concept_guard.probe import x, y")))
 
 
-@pytest.mark.parametrize("folder", ["directions", "training"])
+@pytest.mark.parametrize("folder", ["directions", "diagnosis", "training", "audit"])
 def test_the_files_of_a_stage_do_not_import_each_other_in_a_circle(folder: str) -> None:
     graph = {
         path.stem: set(imported(parse(path), f"concept_guard.{folder}"))

@@ -146,6 +146,41 @@ def test_images_of_another_size_have_a_map_of_their_own_size() -> None:
     assert (maps[:, :2, 4:6].sum(dim=(1, 2)) > maps[:, :, :4].sum(dim=(1, 2))).all()
 
 
+def test_a_fine_map_behind_a_mean_is_used_in_place_of_covering() -> None:
+    model = net()  # 224 pixels give its last map a side of 7
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tap = Tap(model, "pre_logits", images)
+    maps = tap.pooled_from(images)
+    assert maps is not None
+    assert maps.shape == (2, 7, 7, tap.channels)
+    rows = tap.read([(images, torch.zeros(2).long())], max_rows=10, seed=0).rows[:, 0]
+    torch.testing.assert_close(maps.mean(dim=(1, 2)), rows)
+    directions = torch.randn(2, tap.channels, generator=torch.Generator().manual_seed(1))
+    found = location_maps(tap, images, directions)
+    assert found.shape == (2, 7, 7)
+    for n in range(2):  # one filter per image is the same as each image with its filter
+        torch.testing.assert_close(
+            location_maps(tap, images[n : n + 1], directions[n])[0], found[n]
+        )
+        peak = (maps[n].flatten(0, 1) @ directions[n]).argmax()
+        assert found[n].argmax() == peak
+
+
+def test_a_map_whose_mean_is_not_the_row_is_not_used() -> None:
+    model = net()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    model.global_pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    tap = Tap(model, "pre_logits", images)
+    assert tap.pooled_from(images) is None
+    assert Tap(net(), "module:layer1", images).pooled_from(images) is None
+    assert (
+        Tap(nn.Sequential(nn.Flatten(), nn.Linear(150528, 3)), "pre_logits", images).pooled_from(
+            images
+        )
+        is None
+    )
+
+
 def test_locating_changes_nothing(untouched: Untouched) -> None:
     model = fallen()
     tap = Tap(model, "pre_logits", CLEAN.images[:2])

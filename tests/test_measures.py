@@ -117,8 +117,8 @@ def test_the_verdict_names_what_is_flagged(status: str) -> None:
 def test_without_a_flag_the_verdict_says_what_was_seen_and_why() -> None:
     assert verdict([], 12, 400, 0.05, SEEN) == (
         "no evidence: 12 errors seen on 400 probe images, no concept goes with them (q <= 0.05); "
-        "a shortcut on fewer than 6 images of other classes cannot be seen with these, one that "
-        "misleads on half of its images is likely to be from 14 on"
+        "a shortcut on fewer than 6 images of other classes cannot be seen with these; one that "
+        "misleads on half of its images needs at least 14 of them"
     )
     flags = [replace(FLAG, status="unconfirmed"), replace(FLAG, status="vetoed")]
     assert verdict(flags[:1], 12, 400, 0.05, SEEN).startswith(

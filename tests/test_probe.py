@@ -21,7 +21,8 @@ from torch.utils.data import (
 )
 
 from concept_guard.errors import ProbeError
-from concept_guard.probe import Reading, Reservoir, check_labels, isolated, probe_batches
+from concept_guard.probe import isolated, probe_batches
+from concept_guard.reading import Reading, Reservoir, check_labels
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

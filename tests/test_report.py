@@ -17,6 +17,7 @@ from torch import Tensor
 
 from concept_guard.report import (
     BeforeAfter,
+    Comparison,
     ConceptEntry,
     Contribution,
     ErrorRow,
@@ -24,6 +25,7 @@ from concept_guard.report import (
     ImageEntry,
     InfluenceRow,
     Report,
+    SuspectEntry,
     jpeg,
     page,
     png,
@@ -87,7 +89,29 @@ FULL = replace(
     influence=(InfluenceRow(6, "crow", -0.375, 0.00123),),
     images=(IMAGE,),
     other_errors=(ErrorRow("b/9.png", "crow", "heron"),),
-    before_after=(BeforeAfter("Worst-group accuracy", 0.412, 0.853),),
+    suspects=(
+        SuspectEntry(12, "images with it are not misled", (ErrorRow("c/4.png", "a", "b"),), CARD),
+    ),
+    trained=(
+        replace(
+            FLAG,
+            id=1,
+            status="erased",
+            errors=(
+                ErrorRow("t/1.png", "tern", "gull", "tern"),
+                ErrorRow("t/2.png", "tern", "gull", "crow"),
+            ),
+        ),
+    ),
+    comparisons=(
+        Comparison(
+            "Without and with",
+            "Two models.",
+            "plain",
+            "guarded",
+            (BeforeAfter("Worst group", 0.412, 0.853, ("marked", "unmarked")),),
+        ),
+    ),
     notes=("2 of 16 concepts are missing.",),
     command="concept-guard audit photos",
 )
@@ -145,7 +169,7 @@ def errors(count: int) -> tuple[ErrorRow, ...]:
 
 def hostile(text: str) -> Report:
     """Return a report that has a text wherever it can have one."""
-    row = ErrorRow(text, text, text)
+    row = ErrorRow(text, text, text, text)
     flags = tuple(
         replace(FLAG, id=n, class_name=text, reason=text, errors=(row,), status=status)
         for n, status in enumerate(page.HELD + page.NOT_HELD)
@@ -163,7 +187,11 @@ def hostile(text: str) -> Report:
             replace(IMAGE, file=text, label=text),
         ),
         other_errors=(row,),
-        before_after=(BeforeAfter(text, 0.5, 0.5),),
+        suspects=(SuspectEntry(12, text, (row,), CARD),),
+        trained=(replace(FLAG, id=1, class_name=text, reason=text, errors=(row,)),),
+        comparisons=(
+            Comparison(text, text, text, text, (BeforeAfter(text, 0.5, 0.5, (text, text)),)),
+        ),
         notes=(text,),
         command=text,
     )
@@ -183,7 +211,14 @@ def test_every_field_is_on_the_page() -> None:
         *("tern Concept 3 0.250 of 31 worst 0.812 of 87", "crow Concept 3 0.125 of 2 – of 0"),
         *("Concept 6 crow -0.38 0.0012", "tern taken for gull"),
         *("Concept 3 +2.35 -1.50", "Concept 5 +0.25 +0.75", IMAGE.flip, IMAGE.repair),
-        *("b/9.png crow heron", "Worst-group accuracy 0.412 0.853 +0.441", FULL.notes[0]),
+        *("b/9.png crow heron", FULL.notes[0]),
+        *("Without and with Two models.", "plain guarded Change"),
+        "Worst group 0.412 marked 0.853 unmarked +0.441",
+        *("Concept 12 1 error, taken for b (1); not confirmed", "c/4.png a b"),
+        "Not confirmed: images with it are not misled. It is shown because it speaks most for 1 of",
+        *("Concept 1 drove errors towards gull erased", "t/1.png tern gull tern, right"),
+        "t/2.png tern gull crow",
+        "1 of these 2 is right after training.",
     ]
     squeezed = text.replace(" ,", ",")
     assert [part for part in expected if part not in squeezed] == []
@@ -247,12 +282,12 @@ def test_held_concepts_stand_open_before_those_that_are_not_held() -> None:
         )
     ]
     flags.append(replace(FLAG, id=30, status="waiting", q_value=0.01, risk_difference=0.5))
-    html = render(replace(FULL, concepts=tuple(flags), images=()))
+    html = render(replace(FULL, concepts=tuple(flags), images=(), trained=()))
     found = re.findall(r"<h3>Concept (\d+) (\w+)", html)
     assert found == [(c, "drives") for c in ("30", "23", "21")] + [
         (c, "towards") for c in ("20", "22")
     ]
-    closed = re.findall(r'<details class="panel">\n<summary><h3>Concept (\d+)', html)
+    closed = re.findall(r'<details class="panel" id="other-\d">\n<summary><h3>Concept (\d+)', html)
     assert closed == ["20", "22"]
     assert "vetoed: a person keeps it as it is" in html
 

@@ -8,6 +8,8 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ import timm
 import torch
 from photos import write_photos
 from torch import Tensor, nn
+from worlds import flagging
 
 from concept_guard.config import GuardConfig
 from concept_guard.errors import BakeError, ConfigError, StateError
-from concept_guard.training import Interrupted, Recipe, RunResult, load_recipe, loop, run
+from concept_guard.training import Interrupted, Recipe, RunResult, load_recipe, loop, reports, run
 from concept_guard.training.building import build_model, build_optimizer, build_scheduler
 from concept_guard.training.checkpoints import load_checkpoint, seed_everything
 from concept_guard.training.digits import Planted
+from concept_guard.training.interrupts import Interrupts
+from concept_guard.training.loop import Leg
+from concept_guard.training.outcomes import Round
 from concept_guard.training.splits import open_splits, ordered
 
 NET = {"channels": [8, 8, 16, 16], "stem_width": 8}  # resnet10t with 14,000 weights
@@ -48,7 +54,7 @@ def digits(output: Path, **keys: Any) -> Recipe:
 class Passive:
     """Has the interface of the guard and does nothing; `at` maps an update to what happens."""
 
-    at: dict[int, Callable[[], None]] = {}
+    at: dict[int, Callable[[], Any]] = {}
     alive = 0
     bake_error: str | None = None
 
@@ -57,7 +63,7 @@ class Passive:
     ) -> None:
         self.model, self.probe, self.config = model, probe, config
         self.log_dir, self.class_names = log_dir, class_names
-        self.steps, self.report = 0, None
+        self.steps, self.report, self.cards = 0, None, {}
         Passive.alive += 1
 
     def loss(self, losses: Tensor, targets: Tensor) -> Tensor:
@@ -65,10 +71,10 @@ class Passive:
         assert losses.shape == targets.shape
         return losses.mean()
 
-    def step(self) -> None:
-        """Count, and let happen what `at` holds."""
+    def step(self) -> Any:
+        """Count, let happen what `at` holds, and return the round that it makes."""
         self.steps += 1
-        self.at.get(self.steps, lambda: None)()
+        return self.at.get(self.steps, lambda: None)()
 
     def bake(self) -> None:
         """Fail if asked."""
@@ -192,6 +198,8 @@ def test_the_output_folder_looks_like_timms(tmp_path: Path, passive: type[Passiv
         "args.yaml",
         "summary.csv",
         "last.pth.tar",
+        "concept_guard/report.html",
+        "concept_guard/report.json",
         "concept_guard/report.txt",
         "plain/summary.csv",
         "plain/last.pth.tar",
@@ -231,6 +239,36 @@ def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path, passive: type
     assert "both runs end with identical weights" in result.table
     passive.at = {3: lambda: torch.manual_seed(0) and None}  # control: one disturbed draw
     assert run(digits(tmp_path, compare=True, experiment="other")).identical is False
+
+
+def test_rounds_are_compared_only_where_they_are_comparable() -> None:
+    def at(step: int, flagged: tuple[int, ...]) -> Round:
+        return Round(step, 90, step / 100, step / 200, step / 300, flagged)
+
+    def shown(*rounds: Round) -> list[tuple[str, str, int]]:
+        made = reports._first_and_last(list(rounds))
+        return [(c.before, c.after, len(c.rows)) for c in made]
+
+    assert shown() == shown(at(10, ())) == shown(at(10, (1,))) == []
+    assert shown(at(10, ()), at(20, ())) == [("update 10", "update 20", 2)]
+    assert shown(at(10, ()), at(20, (1,)), at(30, (1,))) == [("update 20", "update 30", 3)]
+    assert shown(at(10, (1,)), at(30, (1, 2))) == [("update 10", "update 30", 2)]  # other groups
+
+
+def test_a_page_that_cannot_be_made_costs_a_warning_and_not_the_model(
+    tmp_path: Path, passive: type[Passive], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(reports, "analyse", fail)
+    with pytest.warns(UserWarning, match=r"no report.html \(ValueError: no page today\)"):
+        result = run(digits(tmp_path, epochs=1))
+    written = {path.name for path in (result.folder / "concept_guard").iterdir()}
+    assert "report.txt" in written
+    assert not {name for name in written if name.startswith("report.html")}
+    assert saved(result.folder)["concept_guard"]["finished"]
+    assert passive.alive == 0
 
 
 @pytest.fixture(scope="module")
@@ -445,8 +483,40 @@ def test_progress_is_logged_per_epoch_and_interval(
         "with guard: epoch 1 of 2",
         "with guard: update 10 of 14",
         "with guard: epoch 2 of 2",
+        f"page: {tmp_path}/run/concept_guard/report.html",
     ]
     assert passive.alive == 0
+
+
+def test_the_log_says_after_a_round_what_waits_and_how_to_approve_it(
+    tmp_path: Path, passive: type[Passive], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="concept_guard")
+
+    real = flagging().report
+    assert real is not None
+
+    def after(update: int, *statuses: str) -> None:
+        flags = tuple(
+            replace(real.flags[0], concept=7 + n, status=status)
+            for n, status in enumerate(statuses)
+        )
+        report = replace(real, step=update, verdict="flagged", flags=flags)
+        passive.at = {**passive.at, update: lambda: report}
+
+    after(2, "waiting", "erased", "waiting")
+    after(4, "erased")  # control
+    recipe = digits(tmp_path, epochs=1)
+    place = {"size": 32, "device": torch.device("cpu")}
+    leg = Leg(recipe, open_splits(recipe), tmp_path / "a", guarded=True, **place)
+    with closing(leg), Interrupts() as interrupts:
+        leg.train(interrupts)
+    said = [record.message for record in caplog.records if record.message.startswith("update")]
+    assert said == [
+        "update 2, guard: flagged",
+        f"update 2, 2 concepts wait for approval: concept-guard approve {tmp_path}/a 7 9",
+        "update 4, guard: flagged",
+    ]
 
 
 # --- image folders ------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_valley_and_peak_are_counted_where_documented() -> None:
         -3.0: 10,
     }
     other = torch.tensor([a for a, n in places.items() for _ in range(n)]).double()
-    inside = torch.tensor([0.0, 0.5, 1.0, 3.0, 3.0, 3.0]).double().repeat(50)
+    inside = torch.tensor([0.0, 0.5, 2.0, 3.0, 3.0, 3.0]).double().repeat(50)
     amount = torch.cat([other, inside])
     labels = torch.cat([1 + torch.arange(len(other)) % 3, torch.zeros(len(inside)).long()])
     rng = torch.Generator().manual_seed(0)
@@ -211,6 +211,13 @@ def test_valley_and_peak_are_counted_where_documented() -> None:
     sharp = refine_membership(rows.float(), labels, amount > 0.5, 0, seed=0)
     assert sharp is not None
     assert (sharp.valley, sharp.peak) == (5 + 7, 100 + 3 + 4)
+    # On the scale of the class itself presence is 3: the .5 and the 2 are neither here nor there.
+    assert (sharp.own_absence, sharp.own_valley, sharp.own_peak) == (50, 0, 150)
+    halves = torch.where((labels == 0) & (amount == 2.0), 1.35, amount)
+    rows += (halves - amount)[:, None] * torch.tensor([4.0, 1, 0, 2, 0])
+    sharp = refine_membership(rows.float(), labels, halves > 0.5, 0, seed=0)
+    assert sharp is not None
+    assert (sharp.own_absence, sharp.own_valley, sharp.own_peak) == (50, 50, 150)
     assert torch.equal(sharp.present[: len(other)], other > 0.5)
 
 
@@ -218,6 +225,14 @@ def test_separation_lies_between_minus_one_and_one() -> None:
     none = torch.zeros(0).bool()
     pairs = [(0, 8), (8, 0), (5, 5), (0, 0), (1, 3)]
     assert [Membership(none, *p).separation for p in pairs] == [1.0, -1.0, 0.0, 0.0, 0.5]
+
+
+def test_the_class_itself_is_judged_by_its_rows_without_the_concept() -> None:
+    own = Membership(torch.zeros(0).bool(), 0, 0, 12, 1, 90)
+    assert own.own_separation == pytest.approx(11 / 13)
+    assert own.own_chance == pytest.approx(14 / 2**13)
+    nothing = Membership(torch.zeros(0).bool(), 0, 0, 0, 0, 90)  # the whole class has it
+    assert (nothing.own_separation, nothing.own_chance) == (0.0, 1.0)
 
 
 def test_reading_is_cross_fitted_so_that_noise_does_not_confirm_itself(

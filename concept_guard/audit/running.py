@@ -6,18 +6,18 @@ Nothing here knows how the command line is written.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 
-from concept_guard.audit.analysis import Analysis, analyse
-from concept_guard.audit.opening import Opened, open_audit
+from concept_guard.audit.opening import open_audit
 from concept_guard.audit.settings import AuditSettings
 from concept_guard.audit.writing import write_audit
+from concept_guard.diagnosis import Analysis, Subject, analyse, headline
 from concept_guard.errors import ConfigError, StateError
-from concept_guard.probe import probe_batches
 from concept_guard.records import table
+from concept_guard.training.images import check_all
 
 _logger = logging.getLogger(__name__)
 LISTED = 20  # misclassified files in the printed text
@@ -54,12 +54,12 @@ def audit(settings: AuditSettings, *, command: str = "") -> AuditResult:
     began = perf_counter()
     folder = _claimed(settings)
     opened = open_audit(settings)
-    _logger.info("audit: %s on %d images in %s", opened.name, len(opened.images), opened.folder)
-    probe = probe_batches(opened.loader, settings.guard.seed)
-    analysis = analyse(opened.model, probe, settings.guard, broken=opened.images.broken)
-    opened.images.check()
-    write_audit(folder, settings, opened, analysis, command)
-    return AuditResult(folder, analysis, _text(opened, analysis), perf_counter() - began)
+    subject = opened.subject
+    _logger.info("audit: %s on %d images: %s", subject.name, opened.size, subject.source)
+    analysis = analyse(subject, settings.guard, explained=settings.explained)
+    check_all([opened.samples])
+    write_audit(folder, settings, subject, analysis, command)
+    return AuditResult(folder, analysis, _text(subject, analysis), perf_counter() - began)
 
 
 def _claimed(settings: AuditSettings) -> Path:
@@ -87,23 +87,23 @@ def _claimed(settings: AuditSettings) -> Path:
     return folder
 
 
-def _text(opened: Opened, analysis: Analysis) -> str:
+def _text(subject: Subject, analysis: Analysis) -> str:
     """Return the flags, the verdict, and the misclassified files with what drives them."""
-    names = {index: Path(opened.images.name(index)).name for index in range(len(opened.images))}
-    report, classes = analysis.report, opened.classes
-    files = [names[index] for index in range(len(names))]
+    report, classes = analysis.report, subject.classes
+    seen = analysis.reading.seen
+    files = [Path(subject.file(index)).name for index in range(seen)]
     lines = [
-        f"{opened.name}, {opened.weights}: {report.errors_seen} of {report.images_seen} images "
+        f"{subject.name}, {subject.weights}: {report.errors_seen} of {report.images_seen} images "
         f"misclassified, accuracy {report.accuracy:.3f}",
         "",
-        table(report, classes, files),
+        table(replace(report, verdict=headline(analysis, classes)), classes, files),
     ]
     if analysis.errors:
         lines += ["", "misclassified files, by the concept that drives them (* confirmed):"]
     for error in analysis.errors[:LISTED]:
         mark = "*" if error.confirmed else " "
         wrong = f"{classes[error.label]} -> {classes[error.predicted]} ({error.confidence:.2f})"
-        lines.append(f"  concept {error.concept}{mark} {wrong}  {opened.images.name(error.index)}")
+        lines.append(f"  concept {error.concept}{mark} {wrong}  {subject.file(error.index)}")
     if len(analysis.errors) > LISTED:
         lines.append(f"  and {len(analysis.errors) - LISTED} more in errors.csv")
     return "\n".join(lines)

@@ -29,8 +29,10 @@ class AuditSettings(StrictModel):
 
     Attributes:
         source: A checkpoint (file, or the folder of a run), or the name of a timm model.
-        data_dir: Image folder: `<class>/<image>`, or with one sub-folder per split.
-        split: Sub-folder to audit; default: validation, else test images, else the folder itself.
+        data_dir: Image folder: `<class>/<image>`, or with one sub-folder per split; default: the
+            images of the run that trained the model.
+        split: Sub-folder to audit, default: validation, else test images, else the folder itself;
+            without `data_dir` a split of the run, default: its probe.
         model: timm model name, for weights that do not say which model they belong to.
         checkpoint_path: Weights for a `source` that is a model name; default: timm's own.
         model_kwargs: Further arguments of `timm.create_model`.
@@ -50,7 +52,7 @@ class AuditSettings(StrictModel):
     """
 
     source: PathText
-    data_dir: PathText
+    data_dir: PathText | None = None
     split: str | None = None
     model: str | None = None
     checkpoint_path: PathText | None = None
@@ -70,8 +72,8 @@ class AuditSettings(StrictModel):
 
     @field_validator("data_dir")
     @classmethod
-    def _folder_exists(cls, value: str) -> str:
-        if not Path(value).is_dir():
+    def _folder_exists(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_dir():
             raise ValueError("no such folder; give it on the command line: --data FOLDER")
         return value
 

@@ -2,6 +2,7 @@
 
 from concept_guard.directions.descent import Schedule, descend_pairs
 from concept_guard.directions.fit import fit_pairs
+from concept_guard.directions.leading import leading
 from concept_guard.directions.matching import cosines, match
 from concept_guard.directions.pairs import Concept, DirectionPairs
 from concept_guard.directions.within_class import (
@@ -20,6 +21,7 @@ __all__ = [
     "cosines",
     "descend_pairs",
     "fit_pairs",
+    "leading",
     "match",
     "refine_membership",
     "within_class_pair",

@@ -78,17 +78,15 @@ def _estimate(
         return None
     signal = (weight[:, None] * (means[1::2] - means[0::2])).sum(dim=0) / weight.sum()
     residual = rows - means[group].to(rows.dtype)
-    if shrinkage is None:
-        from sklearn.covariance import ledoit_wolf_shrinkage  # slow to import
-
-        shrinkage = float(ledoit_wolf_shrinkage(residual.cpu().numpy(), assume_centered=True))
     covariance = (residual.T @ residual).to(torch.float64) / len(rows)
     level = covariance.diagonal().mean()
     if float(level) == 0.0 or float(signal.square().sum()) == 0.0:
         return None
+    if shrinkage is None:
+        shrinkage = _shrinkage(residual, covariance)
     covariance = (1 - shrinkage) * covariance
     covariance.diagonal().add_(max(shrinkage, 1e-6) * level)
-    direction: Tensor = torch.linalg.solve(covariance, signal)
+    direction = torch.cholesky_solve(signal[:, None], torch.linalg.cholesky(covariance))[:, 0]
     direction = (direction / (direction @ signal)).to(rows.dtype)
     factor = rows @ direction
     off, on = factor[~present], factor[present]
@@ -96,6 +94,19 @@ def _estimate(
     return WithinClassPair(
         direction, signal.to(rows.dtype), float(off.mean()), gain, float(shrinkage)
     )
+
+
+def _shrinkage(residual: Tensor, covariance: Tensor) -> float:
+    """Return Ledoit and Wolf's shrinkage of a covariance, from the centred rows it is of.
+
+    What scikit-learn computes in two more products of matrices follows from the norms of the rows,
+    because the squares of all products of two entries of a row add up to its norm to the fourth.
+    """
+    rows, channels = residual.shape
+    square = float(covariance.square().sum())
+    fourth = float(residual.to(torch.float64).square().sum(dim=1).square().sum()) / rows
+    spread = square - float(covariance.diagonal().sum()) ** 2 / channels
+    return min(fourth - square, rows * spread) / (rows * spread) if spread > 0 else 0.0
 
 
 def _group_means(rows: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,11 +129,20 @@ class Membership:
         peak: Rows of them around presence, .85 to 1.15 of the way. A mark that is there or not
             has fewer rows in the valley than at the peak; a mere tail of a continuous quantity
             has more.
+        own_absence: Rows of the class itself within .15 of absence, on the scale of the class:
+            its presence is the median of those rows that are beyond half-way.
+        own_valley: Rows of it .25 to .55 of that way: nearer to absence, because the many rows
+            around presence reach further down than the few around absence reach up.
+        own_peak: Rows of it .85 to 1.15 of that way. A mark beside the class's own evidence
+            leaves the class in two groups with nothing between them.
     """
 
     present: Tensor
     valley: int
     peak: int
+    own_absence: int = 0
+    own_valley: int = 0
+    own_peak: int = 0
 
     @property
     def separation(self) -> float:
@@ -133,6 +153,16 @@ class Membership:
     def chance(self) -> float:
         """Probability of so few rows in the valley if they were as likely there as at the peak."""
         return float(binom.cdf(self.valley, self.valley + self.peak, 0.5))
+
+    @property
+    def own_separation(self) -> float:
+        """The same as `separation` in the class itself, for its rows without the concept."""
+        return (self.own_absence - self.own_valley) / max(1, self.own_absence + self.own_valley)
+
+    @property
+    def own_chance(self) -> float:
+        """The same as `chance` in the class itself, for its rows without the concept."""
+        return float(binom.cdf(self.own_valley, self.own_valley + self.own_absence, 0.5))
 
 
 def refine_membership(
@@ -167,9 +197,20 @@ def refine_membership(
         factor, shrinkage = read
         low = factor[others & ~present].median()
         scaled = (factor - low) / (factor[others & present].median() - low)
-    valley = int(((scaled[others] - 0.5).abs() < REACH).sum())
-    peak = int(((scaled[others] - 1.0).abs() < REACH).sum())
-    return Membership(scaled > 0.5, valley, peak)
+    of_others, own = scaled[others], scaled[~others]
+    own = own / own[own > 0.5].median() if bool((own > 0.5).any()) else own
+    return Membership(
+        scaled > 0.5,
+        valley=_near(of_others, 0.5),
+        peak=_near(of_others, 1.0),
+        own_absence=_near(own, 0.0),
+        own_valley=_near(own, 0.4),
+        own_peak=_near(own, 1.0),
+    )
+
+
+def _near(scaled: Tensor, level: float) -> int:
+    return int(((scaled - level).abs() < REACH).sum())
 
 
 def _cross_fitted(

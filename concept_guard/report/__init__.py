@@ -1,7 +1,8 @@
 """Stage 5: a page that shows which concepts drive errors, in one file that opens from disk."""
 
-from concept_guard.report.page import (
+from concept_guard.report.contents import (
     BeforeAfter,
+    Comparison,
     ConceptEntry,
     Contribution,
     ErrorRow,
@@ -10,13 +11,14 @@ from concept_guard.report.page import (
     InfluenceRow,
     Picture,
     Report,
-    render,
-    write_html,
+    SuspectEntry,
 )
+from concept_guard.report.page import render, write_html
 from concept_guard.report.pictures import jpeg, png
 
 __all__ = [
     "BeforeAfter",
+    "Comparison",
     "ConceptEntry",
     "Contribution",
     "ErrorRow",
@@ -25,6 +27,7 @@ __all__ = [
     "InfluenceRow",
     "Picture",
     "Report",
+    "SuspectEntry",
     "jpeg",
     "png",
     "render",

@@ -13,199 +13,23 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-HELD = ("found", "erased", "waiting")
-NOT_HELD = ("vetoed", "unconfirmed")
+from concept_guard.report.contents import (
+    HELD,
+    NOT_HELD,
+    ConceptEntry,
+    Contribution,
+    ErrorRow,
+    GroupRow,
+    Picture,
+    Report,
+)
+
 SMALL_GROUP = 5  # images; the accuracy of fewer says nothing
 WORST_GROUPS = 3  # that stand out in the table
 STRONGEST = 8  # contributions in the bars of an image
-TRUE_CLASSES = 12  # counted above a list of errors
+MOST_CLASSES = 12  # counted above a list of errors
 
-Picture = bytes
 _KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-
-
-@dataclass(frozen=True)
-class ErrorRow:
-    """A misclassified file.
-
-    Attributes:
-        file: Its path.
-        label: Name of its true class.
-        predicted: Name of the class it is taken for.
-    """
-
-    file: str
-    label: str
-    predicted: str
-
-
-@dataclass(frozen=True)
-class ConceptEntry:
-    """A flag: a concept that goes with errors towards a class, and the evidence.
-
-    Attributes:
-        id: Of the concept.
-        class_name: The class it pulls towards.
-        status: `found`, `erased`, `waiting`, `vetoed` or `unconfirmed`; the first three are held
-            to drive errors and come first.
-        reason: Why it is held to drive errors, or why not.
-        risk_difference: How much more often images of other classes are predicted as this class
-            when they carry the concept, the true class held fixed.
-        interval: Its 95 % interval.
-        q_value: Of the difference, after false-discovery control.
-        fixed: Predictions that erasing turns right.
-        broken: Predictions that erasing turns wrong.
-        present: Images of other classes that carry the concept.
-        images: All images that were examined.
-        errors: Every misclassified file that the concept drives; the page counts them.
-        card: Picture of the images that show the concept best.
-
-    Raises:
-        ValueError: If the status is none of the five.
-    """
-
-    id: int
-    class_name: str
-    status: str
-    reason: str
-    risk_difference: float
-    interval: tuple[float, float]
-    q_value: float
-    fixed: int
-    broken: int
-    present: int
-    images: int
-    errors: tuple[ErrorRow, ...]
-    card: Picture | None
-
-    def __post_init__(self) -> None:
-        if self.status not in HELD + NOT_HELD:
-            raise ValueError(
-                f"concept {self.id} has status {self.status!r}, expected one of "
-                f"{', '.join(HELD + NOT_HELD)}"
-            )
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """The images of a class that carry a concept, or those that do not.
-
-    Attributes:
-        class_name: Their true class.
-        concept: Id of the concept.
-        carried: Whether these images carry it.
-        images: How many there are.
-        accuracy: Share of them that is predicted right; None if there are none.
-    """
-
-    class_name: str
-    concept: int
-    carried: bool
-    images: int
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class InfluenceRow:
-    """How a concept moves the probability of a class, over many images.
-
-    Attributes:
-        concept: Id of the concept.
-        class_name: The class.
-        score: Between -1 (always down) and 1 (always up).
-        p_value: Of such a score without influence.
-    """
-
-    concept: int
-    class_name: str
-    score: float
-    p_value: float
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What a concept adds to the logits of one image.
-
-    Attributes:
-        concept: Id of the concept.
-        to_predicted: To the logit of the predicted class.
-        to_label: To the logit of the true class; None if that is not known.
-    """
-
-    concept: int
-    to_predicted: float
-    to_label: float | None
-
-
-@dataclass(frozen=True)
-class ImageEntry:
-    """Why one image is predicted as it is.
-
-    Attributes:
-        file: Its path.
-        label: Name of its true class; empty if not known.
-        predicted: Name of the predicted class.
-        picture: The image itself.
-        contributions: Of the concepts, in any order; the strongest are drawn.
-        flip: One sentence on the smallest change that changes the prediction.
-        repair: One sentence on the smallest change that makes it right.
-    """
-
-    file: str
-    label: str
-    predicted: str
-    picture: Picture | None
-    contributions: tuple[Contribution, ...]
-    flip: str
-    repair: str
-
-
-@dataclass(frozen=True)
-class BeforeAfter:
-    """A quantity before and after the correction.
-
-    Attributes:
-        name: Of the quantity.
-        before: Value without the correction.
-        after: Value with it.
-    """
-
-    name: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows.
-
-    Attributes:
-        title: Heading of the page.
-        subtitle: The line below it, such as the model and the folder.
-        verdict: One sentence: what was found, or why nothing could be.
-        facts: Names and values of what was examined and how.
-        concepts: The flags, in any order.
-        groups: Accuracy by class and presence of a concept, in any order.
-        influence: Influence of concepts on classes, in any order.
-        images: Explanations of single images, in this order.
-        other_errors: Misclassified files that no concept drives.
-        before_after: Effect of the correction, if there was one.
-        notes: What else the reader must know.
-        command: The command that wrote the page.
-    """
-
-    title: str
-    subtitle: str
-    verdict: str
-    facts: tuple[tuple[str, str], ...]
-    concepts: tuple[ConceptEntry, ...]
-    groups: tuple[GroupRow, ...]
-    influence: tuple[InfluenceRow, ...]
-    images: tuple[ImageEntry, ...]
-    other_errors: tuple[ErrorRow, ...]
-    before_after: tuple[BeforeAfter, ...] = ()
-    notes: tuple[str, ...] = ()
-    command: str = ""
 
 
 def render(report: Report) -> str:
@@ -227,26 +51,32 @@ def render(report: Report) -> str:
     )
     environment.filters |= {
         "bar": _bar,
+        "counts": _counts,
         "classes": _true_classes,
         "data_uri": _data_uri,
         "number": _number,
+        "repaired": _repaired,
         "sentence": _sentence,
         "signed": _signed,
         "small": _small,
         "strength": _strength,
         "strongest": _strongest,
     }
-    ordered = sorted(report.concepts, key=lambda entry: (entry.q_value, -entry.risk_difference))
+    ordered = sorted(report.concepts, key=_evidence)
     held = [entry for entry in ordered if entry.status in HELD]
+    not_held = [entry for entry in ordered if entry.status in NOT_HELD]
+    trained = sorted(report.trained, key=_evidence)
     return environment.get_template("template.html.j2").render(
         report=report,
         held=held,
-        not_held=[entry for entry in ordered if entry.status in NOT_HELD],
-        anchors={entry.id: n for n, entry in reversed(list(enumerate(held, start=1)))},
+        not_held=not_held,
+        trained=trained,
+        anchors=_anchors(report, held, not_held, trained),
         pairs=_group_pairs(report.groups),
         worst=_worst(report.groups),
         influence=sorted(report.influence, key=lambda row: -abs(row.score)),
         small_group=SMALL_GROUP,
+        held_states=HELD,
     )
 
 
@@ -267,6 +97,19 @@ def write_html(report: Report, path: Path) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _evidence(entry: ConceptEntry) -> tuple[float, float]:
+    return entry.q_value, -entry.risk_difference
+
+
+def _anchors(report: Report, *lists: Sequence[ConceptEntry]) -> dict[int, str]:
+    """Return concept id to the part of the page that shows the concept, its best flag first."""
+    named = zip(("flag", "other", "trained"), lists, strict=True)
+    anchors = {f.id: f"suspect-{n}" for n, f in enumerate(report.suspects, start=1)}
+    for name, entries in reversed(list(named)):
+        anchors |= {e.id: f"{name}-{n}" for n, e in reversed(list(enumerate(entries, start=1)))}
+    return anchors
 
 
 @dataclass(frozen=True)
@@ -345,19 +188,32 @@ def _sentence(entry: ConceptEntry) -> str:
     """Return how many of the images that carry the concept it misleads."""
     driven = len(entry.errors)
     verb = "is" if driven == 1 else "are"
-    if 0 < driven <= entry.present:
+    if entry.status in HELD and 0 < driven <= entry.present:
         return (
             f"{driven} of the {entry.present} images of other classes that carry it {verb} "
             f"predicted as {entry.class_name}, among {entry.images} images examined."
         )
     carried = f"Of {entry.images} images examined, {entry.present} of other classes carry it"
+    if entry.status not in HELD:
+        return f"{carried}. It speaks most for {driven or 'none'} of the errors."
     return f"{carried}; {driven or 'none'} {verb} listed as driven towards {entry.class_name}."
+
+
+def _repaired(errors: Sequence[ErrorRow]) -> str:
+    """Return what became of errors that were listed before the training went on."""
+    right = sum(row.after == row.label for row in errors)
+    return f"{right} of these {len(errors)} {'is' if right == 1 else 'are'} right after training."
 
 
 def _true_classes(errors: Sequence[ErrorRow]) -> str:
     """Return the most frequent true classes of the errors with their counts, in that order."""
-    counted = Counter(row.label for row in errors).most_common()
-    parts = [f"{label} ({count})" for label, count in counted[:TRUE_CLASSES]]
+    return _counts([row.label for row in errors])
+
+
+def _counts(names: Sequence[str], most: int = MOST_CLASSES) -> str:
+    """Return the most frequent names with their counts, in that order."""
+    counted = Counter(names).most_common()
+    parts = [f"{name} ({count})" for name, count in counted[:most]]
     left = len(counted) - len(parts)
     return ", ".join(parts) + (f" and {left} more" if left else "")
 

@@ -6,6 +6,7 @@ Nothing here knows how recipes are written or how results are shown.
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from concept_guard import ConceptGuard
+from concept_guard.decisions import call_to_decide, waiting
 from concept_guard.errors import BakeError
 from concept_guard.training.building import build_model, build_optimizer, build_scheduler
 from concept_guard.training.checkpoints import (
@@ -29,11 +31,12 @@ from concept_guard.training.checkpoints import (
 )
 from concept_guard.training.images import check_all
 from concept_guard.training.interrupts import Interrupted, Interrupts
-from concept_guard.training.outcomes import Answers, answer
+from concept_guard.training.outcomes import Answers, Round, answer
 from concept_guard.training.recipe import Recipe
 from concept_guard.training.splits import Splits, epoch_batches, ordered, updates_per_epoch
 
 if TYPE_CHECKING:
+    from concept_guard.diagnosis import Cards
     from concept_guard.flags import Flag
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class Leg:
         self.total = self.updates_per_epoch * recipe.epochs
         self.updates, self.finished, self.not_baked = 0, False, ""
         self.history: list[dict[str, float]] = []
+        self.rounds: list[Round] = []
+        self.cards: Cards = {}
         self._losses = torch.zeros((), dtype=torch.float64, device=device)
         self._guard_state: dict[str, Any] | None = None
         self.model = build_model(recipe, len(splits.classes), size).to(device)
@@ -104,6 +109,7 @@ class Leg:
             self.guard.load_state_dict(own["guard"])
         self.updates, self.finished = own["updates"], own["finished"]
         self.history = list(own["history"])
+        self.rounds = [Round(**row) for row in own.get("rounds", ())]
         self._losses.fill_(own["losses"])
         set_random_state(own["random"], self.device)
 
@@ -114,6 +120,7 @@ class Leg:
             "updates": self.updates,
             "finished": self.finished,
             "history": self.history,
+            "rounds": [asdict(row) for row in self.rounds],
             "losses": float(self._losses),
             "random": random_state(self.device),
             "classes": list(self.splits.classes),
@@ -176,7 +183,11 @@ class Leg:
         self._losses += loss.detach()
         check_all(self.splits.files())
         if report is not None:
+            self.rounds.append(Round.of(report))
             _logger.info("update %d, guard: %s", report.step, report.verdict)
+            waits = call_to_decide(self.folder, waiting(report.flags))
+            if waits:
+                _logger.info("update %d, %s", report.step, waits)
         if self.updates % self.recipe.log_interval == 0:
             mean = float(loss.detach())
             _logger.info(
@@ -216,6 +227,7 @@ class Leg:
             except BakeError as error:
                 self.not_baked = str(error)
             self._guard_state = self.guard.state_dict()
+            self.cards = self.guard.cards
             if not self.not_baked:
                 self.guard.close()
         self.finished = True
@@ -227,6 +239,11 @@ class Leg:
             start = self.recipe.guard.start
             return f"no round ran in {self.total} updates; the first is due after {start}", ()
         return report.verdict, report.flags
+
+    @property
+    def next_id(self) -> int:
+        """First id that no concept of the guard has had."""
+        return int((self._guard_state or {}).get("next_id", 0))
 
     def answer(self, split: str) -> Answers:
         """Return what the model says about a split, in evaluation mode.

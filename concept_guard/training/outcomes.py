@@ -19,6 +19,7 @@ from concept_guard.training.splits import Batches
 
 if TYPE_CHECKING:
     from concept_guard.flags import Flag
+    from concept_guard.records import RoundReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,39 @@ class Measure:
     value: float
     count: int
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round of the guard said about the model in training.
+
+    Attributes:
+        step: Optimizer updates when it ran.
+        images: Probe images it read.
+        accuracy: Share of right predictions.
+        worst_class: Recall of the class that is recognised least.
+        worst_group: Accuracy of the worst (class, concept present) group.
+        flagged: Ids of the concepts held to drive errors, which define these groups.
+    """
+
+    step: int
+    images: int
+    accuracy: float
+    worst_class: float
+    worst_group: float
+    flagged: tuple[int, ...]
+
+    @classmethod
+    def of(cls, report: RoundReport) -> Round:
+        """Return what is kept of the record of a round."""
+        return cls(
+            step=report.step,
+            images=report.images_seen,
+            accuracy=report.accuracy,
+            worst_class=report.worst_class_recall,
+            worst_group=report.worst_group_accuracy,
+            flagged=tuple(sorted(report.flagged)),
+        )
 
 
 def answer(model: nn.Module, batches: Batches, device: torch.device) -> Answers:

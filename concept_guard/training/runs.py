@@ -1,4 +1,4 @@
-"""One run of a recipe from data to table: the training without the guard, then the one with it.
+"""One run of a recipe from data to report: the training without the guard, then the one with it.
 
 Nothing here knows how the command line is written.
 """
@@ -24,8 +24,9 @@ from concept_guard.training.checkpoints import (
 )
 from concept_guard.training.interrupts import Interrupted, Interrupts
 from concept_guard.training.loop import Leg
-from concept_guard.training.outcomes import Measure, causes, describe, measures, table
+from concept_guard.training.outcomes import Measure, measures
 from concept_guard.training.recipe import Recipe
+from concept_guard.training.reports import report_text, unreadable, write_page
 from concept_guard.training.splits import Splits, data_config, open_splits
 
 if TYPE_CHECKING:
@@ -140,9 +141,10 @@ def _run(setting: _Setting, folder: Path, began: float) -> RunResult:
         guarded = setting.train(leg)
         verdict, flags = leg.verdict()
         identical = _equal(weights, leg.model.state_dict()) if plain is not None else None
-        text = _report(setting, leg, (plain, guarded), identical)
+        text = report_text(leg, setting.size, (plain, guarded), identical)
         (folder / "concept_guard").mkdir(exist_ok=True)
         replace_text(folder / "concept_guard" / "report.txt", f"{text}\n")
+        write_page(leg, (plain, guarded))
         leg.save()
     return RunResult(
         folder=folder,
@@ -152,7 +154,7 @@ def _run(setting: _Setting, folder: Path, began: float) -> RunResult:
         verdict=verdict,
         identical=identical,
         baked=not leg.not_baked,
-        unreadable=_unreadable(splits),
+        unreadable=unreadable(splits),
         table=text,
         seconds=perf_counter() - began,
     )
@@ -169,34 +171,3 @@ def _refuse_finished(folder: Path, recipe: Recipe) -> None:
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(value, other[key].cpu()) for key, value in one.items())
-
-
-def _unreadable(splits: Splits) -> tuple[str, ...]:
-    return tuple(sorted({name for split in splits.files() for name in split.unreadable()}))
-
-
-def _report(
-    setting: _Setting,
-    leg: Leg,
-    rows: tuple[Mapping[str, Measure] | None, Mapping[str, Measure]],
-    identical: bool | None,
-) -> str:
-    """Return the text of the run: what was trained, the table, the causes, and what to know."""
-    recipe, splits = setting.recipe, setting.splits
-    verdict, flags = leg.verdict()
-    sizes = ", ".join(f"{count} {name}" for name, count in splits.sizes.items())
-    lines = [
-        f"{recipe.model}, {setting.size} px, seed {recipe.seed}, {recipe.epochs} epochs = "
-        f"{leg.total} updates per run; images: {sizes}"
-    ]
-    if recipe.planted is not None:
-        lines.append(describe(recipe.planted))
-    lines += ["", table(*rows), "", causes(flags, splits.classes, splits.sizes["probe"], verdict)]
-    if identical is not None:
-        lines.append(f"both runs end with {'identical' if identical else 'different'} weights")
-    if leg.not_baked:
-        lines.append(f"not baked, the saved weights need the guard: {leg.not_baked}")
-    missing = _unreadable(splits)
-    if missing:
-        lines.append(f"unreadable images left out: {len(missing)}, such as {missing[0]}")
-    return "\n".join(lines)

@@ -6,8 +6,9 @@ Nothing here knows about optimizers or the guard.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,6 +206,27 @@ def ordered(samples: Samples, recipe: Recipe) -> Batches:
         generator=torch.Generator().manual_seed(recipe.seed),
         worker_init_fn=_leave_interrupts,
     )
+
+
+def naming(samples: Samples, split: str, folder: str | Path | None) -> Callable[[int], str]:
+    """Return what tells images apart in words.
+
+    Args:
+        samples: The images of a split.
+        split: Its name.
+        folder: Paths are given below it.
+
+    Returns:
+        Position to the path of the image, or to `probe image 12` where there are no files.
+    """
+    if not isinstance(samples, Images):
+        return lambda index: f"{split} image {index}"
+
+    def file(index: int) -> str:
+        path, root = Path(samples.name(index)), Path(folder or "/")
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+    return file
 
 
 def updates_per_epoch(size: int, batch_size: int) -> int:

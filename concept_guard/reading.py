@@ -1,0 +1,186 @@
+"""Stage 1: what one pass over the probe yields: batches that can be counted, then a reading.
+
+Nothing here knows where batches come from or where a model is read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from concept_guard.errors import ProbeError
+
+_LISTED = 10  # offenders spelled out in one message
+
+
+def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
+    """Return a batch as images `(B, ...)` and integer labels `(B,)`, or say what it is instead.
+
+    Raises:
+        ProbeError: If the batch, whose first image has probe index `start`, is no such pair.
+    """
+    where = f"probe batch that starts at image {start}"
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ProbeError(
+            f"{where}: got a {type(batch).__name__}{size}, expected a pair (images, labels); "
+            "wrap the loader so that it yields just these two"
+        )
+    images, labels = batch
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ProbeError(
+                f"{where}: {name} are a {type(value).__name__}, expected a tensor; "
+                "collate them with torch.utils.data.default_collate"
+            )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ProbeError(
+            f"{where}: labels are {labels.dtype}, expected integer class indices; soft labels "
+            "(Mixup, CutMix, smoothing) cannot be counted, so pass a clean, unmixed loader"
+        )
+    if images.ndim < 2 or labels.shape != images.shape[:1]:
+        raise ProbeError(
+            f"{where}: labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; "
+            "expected one class index per image, labels (B,) with images (B, ...)"
+        )
+    return images, labels
+
+
+def check_labels(batches: Iterable[Any], num_classes: int) -> int:
+    """Refuse a probe that cannot be counted, in one pass over its labels.
+
+    One `ProbeError` names every fault: no image, labels outside `[0, M)`, classes without image.
+
+    Args:
+        batches: The probe, best as `probe_batches` returns it.
+        num_classes: Number of logits of the model, M.
+
+    Returns:
+        The number of images.
+    """
+    labels: list[Tensor] = []
+    for batch in batches:
+        labels.append(checked_pair(batch, sum(map(len, labels)))[1].cpu())
+    check_counts(labels, num_classes, every_class=True)
+    return sum(map(len, labels))
+
+
+def check_counts(labels: list[Tensor], num_classes: int, *, every_class: bool = False) -> None:
+    """Raise one error that names every fault in the labels of a pass, given batch by batch.
+
+    Raises:
+        ProbeError: If there is no label, one outside `[0, M)`, or a class that must have one.
+    """
+    found = torch.cat([batch.long() for batch in labels]) if labels else torch.empty(0)
+    if not len(found):
+        raise ProbeError("probe is empty: it yielded no image; pass a loader over held-out data")
+    outside = ((found < 0) | (found >= num_classes)).nonzero().flatten().tolist()
+    absent = sorted(set(range(num_classes)) - set(found.tolist())) if every_class else []
+    faults = []
+    if outside:
+        offenders = [f"image {index} has {int(found[index])}" for index in outside[:_LISTED]]
+        faults.append(
+            f"labels outside [0, {num_classes}), of {len(outside)} of {len(found)} images: "
+            f"{_listed(offenders, len(outside))}; the model has {num_classes} logits, so use the "
+            "class mapping that it is trained with and drop ignore labels"
+        )
+    if absent:
+        faults.append(
+            f"no image of {len(absent)} of {num_classes} classes: "
+            f"{_listed([str(label) for label in absent[:_LISTED]], len(absent))}; take a held-out "
+            "split with every class, or build the model with fewer classes"
+        )
+    if faults:
+        raise ProbeError("\n".join(f"probe: {fault}" for fault in faults))
+
+
+def _listed(items: list[str], total: int) -> str:
+    more = f" and {total - len(items)} more" if total > len(items) else ""
+    return ", ".join(items) + more
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one isolated pass over the probe found, images in probe order.
+
+    Attributes:
+        rows: `(N, Q, C)` float32, before any edit; all Q positions of an image stay together.
+        logits: `(N, M)` float32, of the model as it is, with its current edit.
+        labels: `(N,)` int64 class indices.
+        indices: `(N,)` int64 positions in the probe, ascending.
+        seen: Images in the whole pass, of which N were kept.
+        grid: Rows and columns that the Q positions form.
+    """
+
+    rows: Tensor
+    logits: Tensor
+    labels: Tensor
+    indices: Tensor
+    seen: int
+    grid: tuple[int, int]
+
+
+class Reservoir:
+    """Collects a `Reading`: a uniform sample, without replacement, of a stream of images.
+
+    Every image draws a key; those with the smallest keys stay, in the order of the stream. Which
+    ones stay depends on the seed and the stream, not on how it is cut into batches.
+
+    Args:
+        max_rows: Rows to keep. At least one image is kept, and always all of its rows.
+        max_images: Images to keep at most, if given.
+        seed: Of the keys.
+    """
+
+    def __init__(self, max_rows: int, max_images: int | None, seed: int) -> None:
+        self.seen = 0
+        self._max_rows = max_rows
+        self._size = max_rows if max_images is None else max_images
+        self._limit = 1.0  # images with larger keys can no longer stay
+        self._generator = torch.Generator().manual_seed(seed)
+        self._labels: list[Tensor] = []
+        self._chunks: list[list[Tensor]] = []  # keys, indices, labels, logits, rows
+
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Offer the next images: rows `(B, Q, C)`, logits `(B, M)` and labels `(B,)`.
+
+        Raises:
+            ProbeError: If Q is not what it was for the first images.
+        """
+        expected = self._chunks[0][-1].shape[1] if self._chunks else rows.shape[1]
+        if rows.shape[1] != expected:
+            raise ProbeError(
+                f"probe batch that starts at image {self.seen}: {rows.shape[1]} positions per "
+                f"image, expected {expected} as in the first batch; give all images one size"
+            )
+        self._size = max(1, min(self._size, self._max_rows // expected))
+        keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
+        indices = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
+        columns = [keys, indices, labels.to(rows.device, torch.int64), logits, rows]
+        self._chunks.append(_picked(columns, keys <= self._limit))
+        self._labels.append(labels.cpu())
+        self.seen += len(rows)
+        if sum(len(chunk[0]) for chunk in self._chunks) > self._size + self._size // 4:
+            self._prune()  # seldom, so that the copying stays linear in what enters
+
+    def _prune(self) -> None:
+        keys = torch.cat([chunk[0] for chunk in self._chunks])
+        if len(keys) > self._size:
+            self._limit = keys.kthvalue(self._size).values.item()
+            self._chunks = [_picked(chunk, chunk[0] <= self._limit) for chunk in self._chunks]
+
+    def reading(self, num_classes: int, grid: tuple[int, int]) -> Reading:
+        """Return the images that stay, if no label of any image is wrong."""
+        check_counts(self._labels, num_classes)
+        self._prune()
+        _, indices, labels, logits, rows = map(torch.cat, zip(*self._chunks, strict=True))
+        return Reading(rows, logits, labels, indices, self.seen, grid)
+
+
+def _picked(columns: list[Tensor], stays: Tensor) -> list[Tensor]:
+    if bool(stays.all()):
+        return columns
+    positions = stays.nonzero().flatten()
+    return [column[positions.to(column.device)] for column in columns]

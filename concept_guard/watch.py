@@ -1,0 +1,107 @@
+"""The order of the stages in a round: read, look, correct, record, show; one after another.
+
+Nothing here knows when a round is due, or computes anything itself.
+"""
+
+import time
+from dataclasses import replace
+
+from concept_guard import reporting
+from concept_guard.config import GuardConfig
+from concept_guard.corrector import Corrector
+from concept_guard.health import Health
+from concept_guard.last_round import LastRound
+from concept_guard.logs import EventLog, RoundReport, assign_slots
+from concept_guard.probe import Batches
+from concept_guard.reading import Reading
+from concept_guard.rounds import Findings, look
+from concept_guard.taps import Tap
+
+
+class Watch:
+    """Runs rounds, each of which starts from what the last one found.
+
+    Args:
+        tap: Where the model is read.
+        probe: The probe.
+        corrector: Acts on what is found.
+        health: Says which readings can be worked with.
+        log: Where rounds are shown.
+        config: Settings of the guard.
+
+    Attributes:
+        last: The last round.
+    """
+
+    def __init__(
+        self,
+        tap: Tap,
+        probe: Batches,
+        corrector: Corrector,
+        health: Health,
+        log: EventLog,
+        config: GuardConfig,
+    ) -> None:
+        self._tap, self._probe, self._corrector = tap, probe, corrector
+        self._health, self._log, self._config = health, log, config
+        self.last = LastRound()
+
+    def read(self, step: int) -> Reading | None:
+        """Read the probe.
+
+        Args:
+            step: Optimizer updates so far.
+
+        Returns:
+            The reading; None, with a warning, if something is not finite.
+        """
+        seed = self._config.seed
+        reading = self._tap.read(self._probe, max_rows=self._config.max_rows, seed=seed)
+        return reading if self._health.finite(reading, step) else None
+
+    def round(self, step: int, overhead: float) -> RoundReport | None:
+        """Run one round; what is known of the last one changes only once all is known.
+
+        Args:
+            step: Optimizer updates so far.
+            overhead: Share of the wall time that the guard has used so far.
+
+        Returns:
+            Its record; None, with a warning, if something is not finite.
+        """
+        began, last = time.perf_counter(), self.last
+        reading = self.read(step)
+        if reading is None:
+            return None
+        found = look(
+            reading,
+            self._corrector.tail(reading),
+            config=self._config,
+            seed=self._config.seed + step,
+            last=last.pairs,
+            last_ids=last.ids,
+            next_id=last.next_id,
+            tracked=self._corrector.tracked,
+        )
+        if_erased = self._corrector.act_on(found, reading)
+        report = reporting.report(
+            reading,
+            found,
+            self._corrector,
+            if_erased,
+            step=step,
+            alpha=self._config.alpha,
+            seconds=time.perf_counter() - began,
+            overhead=overhead,
+        )
+        slots = assign_slots(last.slots, report)
+        self.last = LastRound(found.pairs, found.ids, found.next_id, report, slots)
+        if self._log.active:
+            self._show(report, reading, found)
+        return report
+
+    def _show(self, report: RoundReport, reading: Reading, found: Findings) -> None:
+        slots = self.last.slots
+        cards = reporting.cards(self._tap, self._probe, reading, found, list(slots))
+        self.last = replace(self.last, cards=cards)
+        self._log.write(report, cards, slots)
