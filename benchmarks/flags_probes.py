@@ -100,7 +100,7 @@ def shuffled(head: nn.Linear, rows: Tensor, labels: Tensor, seed: int) -> RoundR
     with torch.no_grad():
         logits = head(rows)
         images = torch.cat([rows, logits[order] - logits], dim=1)
-    config = {"action": "observe", "seed": seed, "tap": "module:rows@NLC"}
+    config = {"action": "observe", "seed": seed, "tap": "module:rows"}
     with ConceptGuard(Shifted(head), probe=[(images, labels)], config=config) as guard:
         report = guard.round()
     assert report is not None
