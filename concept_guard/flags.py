@@ -21,7 +21,7 @@ from concept_guard.reading import Reading
 LEAST_DIFFERENCE = 0.1  # risk differences below this are not worth acting on, however certain
 LEAST_SEPARATION = 0.4  # see Membership.separation
 MOST_CHANCE = 0.05  # see Membership.chance
-LEAST_OWN_SEPARATION = 0.8  # the same in the class itself; asked for where the other is missing
+LEAST_OWN_SEPARATION = 0.7  # the same in the class itself; asked for where the other is missing
 MOST_OWN_CHANCE = 0.001
 LEAST_FREED = 0.5  # share of the driven errors that erasing must take away from the class
 LEAST_WITHIN = 0.5  # share of the variance of presence, in other classes, that is within classes
@@ -111,7 +111,7 @@ def confirm(
     """Decide by erasing whether a concept that goes with errors also causes them.
 
     Presence is sharpened first; the concept's pair is estimated within classes; erasing along it
-    must move the wrong logit down, more than as long a move in any of 19 random directions, and
+    must move the wrong logit down, more than as long a move in 95 of 99 random directions, and
     take half of the driven errors away from the class. A concept that is only the upper tail of
     a continuous quantity is the class's own evidence (a core concept) rather than a mark beside
     it, and stays unconfirmed.

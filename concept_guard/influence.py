@@ -5,6 +5,7 @@ Nothing here knows how a concept was found or whether it will be corrected.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from concept_guard.reading import Reading
 from concept_guard.taps import Edit
 
 NULLS = 199  # random directions; the smallest p-value is 1 / 200
-CONTROLS = 19  # the true direction beats all of them by chance in 1 of 20 cases
-CONTROLLED = 32  # driven errors on which they are tried
+CONTROLS, AS_LOW = 99, 4  # random directions, and how many may do as much: p <= .05
+CONTROLLED = 8  # driven errors on which they are tried
 
 # Maps an edit of the rows to the logits of the images at the given positions; None means all.
 Tail = Callable[[Edit | None, Tensor | None], Tensor]
@@ -169,7 +170,7 @@ class Control:
     def objection(self) -> str:
         """Why the concept is not held to cause the errors, or nothing."""
         as_low = sum(change <= self.erased for change in self.random)
-        if not as_low:
+        if as_low <= AS_LOW:
             return ""
         return (
             f"{as_low} of {len(self.random)} random directions of the same length move the wrong "
@@ -180,7 +181,8 @@ class Control:
     def grounds(self) -> str:
         """What speaks for the concept."""
         return (
-            f"as far in random directions moves it by {min(self.random):+.2f} at most, along the "
+            f"as far in {len(self.random)} random directions moves it by "
+            f"{median(self.random):+.2f} (median) and {min(self.random):+.2f} at most, along the "
             f"filter by {self.filter:+.2f}"
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from concept_guard.association import Association, associate
 from concept_guard.directions import Membership
 from concept_guard.flags import Candidate, Flag, _objection, candidates, confirm
-from concept_guard.influence import Effect, Tail
+from concept_guard.influence import Control, Effect, Tail
 from concept_guard.reading import Reading
 from concept_guard.taps import Edit
 
@@ -275,7 +275,14 @@ def test_a_concept_that_moves_the_logit_no_more_than_any_direction_is_unconfirme
 
     result = fragile(beside=2.0).flag
     assert result.status == "unconfirmed"
-    assert re.search(r"^19 of 19 random directions .* down as far \(-\d+", result.reason)
+    assert re.search(r"^99 of 99 random directions .* down as far \(-\d+", result.reason)
     control = fragile(beside=0.5).flag
     assert control.status == "found"
     assert re.search("random directions moves it by -.* at most, along the filter", control.reason)
+
+
+@pytest.mark.parametrize(("as_low", "held"), [(0, True), (4, True), (5, False)])
+def test_one_random_direction_in_twenty_may_move_the_logit_as_far(as_low: int, held: bool) -> None:
+    control = Control(-1.0, (-1.0,) * as_low + (-0.9,) * (99 - as_low), -0.5)
+    assert (control.objection == "") is held
+    assert held or control.objection.startswith(f"{as_low} of 99 random directions")
