@@ -12,6 +12,7 @@ from concept_guard.directions import (
     refine_membership,
     within_class_pair,
 )
+from concept_guard.directions.within_class import _cross_fitted, _folds
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.seeds) for seed in range(1, 8))]
 EPS = torch.finfo(torch.float64).eps
@@ -247,6 +248,28 @@ def test_reading_is_cross_fitted_so_that_noise_does_not_confirm_itself(
         sharp = refine_membership(rows, labels, guess, 0, seed=0)
         # By chance .3 to .7 of the rows agree; without cross-fitting .9 and more.
         assert sharp is None or (sharp.present == guess).float().mean() < 0.75
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.2])
+def test_every_row_is_read_by_the_pair_of_the_other_folds(
+    rng: torch.Generator, shrinkage: float | None
+) -> None:
+    rows, labels, mark = wide(marked_world(count=400))
+    present = mark ^ (torch.rand(400, generator=rng) < 0.05)
+    centred = rows - rows.mean(dim=0)
+    read = _cross_fitted(centred, labels, present, shrinkage, 7)
+    assert read is not None
+    fold = _folds(labels * 2 + present.long(), 7)
+    count = torch.stack([torch.bincount(fold[labels == k], minlength=4) for k in range(4)])
+    assert bool((count == 25).all())
+    for left_out in range(4):
+        keep = fold != left_out
+        pair = estimated(centred[keep], labels[keep], present[keep], shrinkage)
+        shrinkage = pair.shrinkage  # that of the first fold serves all
+        tol = 1e5 * EPS * float(torch.linalg.cond(torch.cov(rows.T)))
+        expected = centred[~keep] @ pair.filter
+        torch.testing.assert_close(read[0][~keep], expected, rtol=0, atol=tol)
+    assert read[1] == pytest.approx(shrinkage, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -71,29 +71,47 @@ def _estimate(
     rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None
 ) -> WithinClassPair | None:
     group = labels * 2 + present.long()
-    count, means = _group_means(rows, group)
+    count, total = _group_sums(rows, group, 2 * (int(group.max()) // 2 + 1))
+    means = total / count.clamp_min(1)[:, None]
+    signal = _signal(count, means)
+    residual = rows - means[group].to(rows.dtype)
+    covariance = (residual.T @ residual).to(torch.float64) / len(rows)
+    if signal is None or float(covariance.diagonal().sum()) == 0.0:
+        return None
+    if shrinkage is None:
+        shrinkage = _shrinkage(residual, covariance)
+    direction = _discriminant(covariance, signal, shrinkage).to(rows.dtype)
+    factor = rows @ direction
+    off, on = factor[~present], factor[present]
+    gain = float(on.median() - off.median())
+    return WithinClassPair(direction, signal.to(rows.dtype), float(off.mean()), gain, shrinkage)
+
+
+def _group_sums(rows: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return `(G,)` counts and `(G, C)` float64 sums of the rows of each group."""
+    count = torch.bincount(group, minlength=groups).to(torch.float64)
+    total = torch.zeros((groups, rows.shape[1]), dtype=torch.float64, device=rows.device)
+    total.index_add_(0, group, rows.to(torch.float64))
+    return count, total
+
+
+def _signal(count: Tensor, means: Tensor) -> Tensor | None:
+    """Return the weighted difference of means, None if there is none: even groups lack presence."""
     n0, n1 = count[0::2], count[1::2]
     weight = torch.where((n0 > 0) & (n1 > 0), n0 * n1 / (n0 + n1).clamp_min(1), 0.0)
     if float(weight.sum()) == 0.0:
         return None
     signal = (weight[:, None] * (means[1::2] - means[0::2])).sum(dim=0) / weight.sum()
-    residual = rows - means[group].to(rows.dtype)
-    covariance = (residual.T @ residual).to(torch.float64) / len(rows)
+    return signal if float(signal.square().sum()) > 0.0 else None
+
+
+def _discriminant(covariance: Tensor, signal: Tensor, shrinkage: float) -> Tensor:
+    """Return the filter of a signal vector under a covariance, which it shrinks in place."""
     level = covariance.diagonal().mean()
-    if float(level) == 0.0 or float(signal.square().sum()) == 0.0:
-        return None
-    if shrinkage is None:
-        shrinkage = _shrinkage(residual, covariance)
-    covariance = (1 - shrinkage) * covariance
+    covariance *= 1 - shrinkage
     covariance.diagonal().add_(max(shrinkage, 1e-6) * level)
     direction = torch.cholesky_solve(signal[:, None], torch.linalg.cholesky(covariance))[:, 0]
-    direction = (direction / (direction @ signal)).to(rows.dtype)
-    factor = rows @ direction
-    off, on = factor[~present], factor[present]
-    gain = float(on.median() - off.median())
-    return WithinClassPair(
-        direction, signal.to(rows.dtype), float(off.mean()), gain, float(shrinkage)
-    )
+    return direction / (direction @ signal)
 
 
 def _shrinkage(residual: Tensor, covariance: Tensor) -> float:
@@ -107,15 +125,6 @@ def _shrinkage(residual: Tensor, covariance: Tensor) -> float:
     fourth = float(residual.to(torch.float64).square().sum(dim=1).square().sum()) / rows
     spread = square - float(covariance.diagonal().sum()) ** 2 / channels
     return min(fourth - square, rows * spread) / (rows * spread) if spread > 0 else 0.0
-
-
-def _group_means(rows: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `(G,)` counts and `(G, C)` float64 means of the rows of each group."""
-    size = 2 * (int(group.max()) // 2 + 1)
-    count = torch.bincount(group, minlength=size).to(torch.float64)
-    total = torch.zeros((size, rows.shape[1]), dtype=torch.float64, device=rows.device)
-    total.index_add_(0, group, rows.to(torch.float64))
-    return count, total / count.clamp_min(1)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +192,7 @@ def refine_membership(
     Returns:
         The membership, or None when fewer than 3 rows of other classes carry the concept.
     """
+    rows = rows - rows.mean(dim=0)
     others = labels != class_index
     shrinkage: float | None = None
     scaled = torch.zeros(len(rows), device=rows.device)
@@ -191,7 +201,8 @@ def refine_membership(
             present = scaled > 0.5
         if int((others & present).sum()) < 3 or int((others & ~present).sum()) < 3:
             return None
-        read = _cross_fitted(rows, labels, present, shrinkage, seed + turn)
+        with few_threads(rows.numel()):
+            read = _cross_fitted(rows, labels, present, shrinkage, seed + turn)
         if read is None:
             return None
         factor, shrinkage = read
@@ -216,18 +227,39 @@ def _near(scaled: Tensor, level: float) -> int:
 def _cross_fitted(
     rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, seed: int
 ) -> tuple[Tensor, float] | None:
-    """Return `(P,)` factors, each read by a pair that did not see its row."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    group = (labels * 2 + present.long()).cpu()[order]
-    order = order[group.argsort(stable=True)]
-    fold = torch.empty(len(rows), dtype=torch.long)
-    fold[order] = torch.arange(len(rows)) % FOLDS
-    factor = torch.zeros(len(rows), device=rows.device)
-    for left_out in range(FOLDS):
-        keep = (fold != left_out).to(rows.device)
-        pair = within_class_pair(rows[keep], labels[keep], present[keep], shrinkage=shrinkage)
-        if pair is None:
+    """Return `(P,)` factors, each read by a pair that did not see its row; and the shrinkage.
+
+    The products of the rows of each fold are taken once: those of all other folds are the sum of
+    all less this one. The rows are centred, so that little is lost by the difference.
+    """
+    group = labels * 2 + present.long()
+    fold = _folds(group, seed)
+    groups = 2 * (int(labels.max()) + 1)
+    parts = [(fold == left_out).nonzero().flatten() for left_out in range(FOLDS)]
+    products = [(rows[at].T @ rows[at]).to(torch.float64) for at in parts]
+    sums = [_group_sums(rows[at], group[at], groups) for at in parts]
+    count, total = (torch.stack(values).sum(dim=0) for values in zip(*sums, strict=True))
+    product = torch.stack(products).sum(dim=0)
+    factor = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
+    for at, own, (own_count, own_total) in zip(parts, products, sums, strict=True):
+        kept, kept_total = count - own_count, total - own_total
+        means = kept_total / kept.clamp_min(1)[:, None]
+        signal = _signal(kept, means)
+        covariance = (product - own - kept_total.T @ means) / float(kept.sum())
+        if signal is None or float(covariance.diagonal().sum()) <= 0.0:
             return None
-        shrinkage = pair.shrinkage
-        factor[~keep] = rows[~keep] @ pair.filter
+        if shrinkage is None:
+            others = torch.cat([part for part in parts if part is not at])
+            shrinkage = _shrinkage(rows[others] - means[group[others]].to(rows.dtype), covariance)
+        direction = _discriminant(covariance, signal, shrinkage)
+        factor[at] = rows[at] @ direction.to(rows.dtype)
     return factor, shrinkage or 0.0
+
+
+def _folds(group: Tensor, seed: int) -> Tensor:
+    """Return `(P,)` the fold of each row; every group is spread over all of them."""
+    order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
+    order = order[group.cpu()[order].argsort(stable=True)]
+    fold = torch.empty(len(group), dtype=torch.long)
+    fold[order] = torch.arange(len(group)) % FOLDS
+    return fold.to(group.device)
