@@ -7,9 +7,11 @@ The stages, in the order of the data flow:
     influence    what moving along an encoding direction does to logits
     association  which concepts go with errors: effect, exact test, multiplicity
     flags        which of these cause them, confirmed by erasing
+    trial        all concepts of a round put to that test
     explanation  why one image is predicted as it is, concept by concept
     tracking     keep a flagged pair true while the network moves
     correction   project out, rebalance, bake into the weights
+    decisions    what people approve and veto, from Python and from the command line
     logs         records, cards, TensorBoard
 """
 
