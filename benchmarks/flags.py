@@ -31,6 +31,8 @@ from flags_report import draw, print_cause, print_false, print_power
 from flags_trials import CAUSE_FIELDS, POWER_FIELDS, cause, power
 from recovery_report import OURS, Results
 
+from concept_guard import RoundReport
+
 SECTIONS = ("power", "false")
 NETWORKS, RESAMPLED = 2, 50  # unplanted networks per kind, and probe sets of each
 FALSE_FIELDS = ("flagged", "statistics", "errors")
@@ -99,7 +101,7 @@ def one_probe(
         results.add(cell, n, "permuted", alarms(shuffled(head, x, y, n)))
 
 
-def alarms(report) -> dict[str, float]:
+def alarms(report: RoundReport) -> dict[str, float]:
     """Return whether anything was flagged, and whether anything passed the statistics alone."""
     found = [flag for flag in report.flags if flag.status == "found"]
     return {

@@ -21,7 +21,7 @@ from torch.nn import functional
 TRAIN, BATCH, IN_CLASS, ELSEWHERE, BORDER = 10_000, 64, 0.90, 0.01, 2
 MODELS = ("cnn", "vit")
 EPOCHS = {"cnn": 8, "vit": 15}
-RATE = {"cnn": 2e-3, "vit": 2e-3}
+RATE = 2e-3
 DIGITS_TRAIN, DIGITS_EPOCHS = 5_000, 6
 
 
@@ -107,9 +107,8 @@ def planted(images: Tensor, labels: Tensor, seed: int) -> Tensor:
 def learnt(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     """Train with AdamW and one cycle of the learning rate, without augmentation."""
     steps = epochs * -(-len(labels) // BATCH)
-    rate = RATE["vit" if hasattr(model, "patch_embed") else "cnn"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):

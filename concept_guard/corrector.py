@@ -15,7 +15,7 @@ from torch.nn import functional
 from concept_guard import state
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts, Projection, bake_into, projection
-from concept_guard.directions import DirectionPairs, leading
+from concept_guard.directions import DirectionPairs
 from concept_guard.flags import Candidate, Flag
 from concept_guard.influence import Tail
 from concept_guard.probe import Batches, images_at
@@ -153,9 +153,7 @@ class Corrector:
                 erased already; none is corrected then.
         """
         under_way = {t.concept for t in self.tracked}
-        rows = reading.rows
-        narrow = leading(rows.flatten(0, 1), reading.labels.repeat_interleave(rows.shape[1]))
-        trial = Trial(reading, self.tail(reading), narrow, self._config, self._config.seed)
+        trial = Trial(reading, self.tail(reading), self._config, self._config.seed)
         chosen = [trial.of_one(i, known, pairs) for i in ids if i not in under_way]
         hopeless = [f"concept {c.flag.concept}: {c.flag.reason}" for c in chosen if c.pair is None]
         if hopeless:

@@ -17,7 +17,6 @@ from concept_guard.directions import (
     WithinClassPair,
     cosines,
     fit_pairs,
-    leading,
     match,
     refine_membership,
     within_class_pair,
@@ -119,14 +118,13 @@ def look(
     size = number_of_concepts(config.concepts, num_classes, len(flat), flat.shape[1])
     pairs = fit_pairs(flat, concepts=size, init=last, seed=seed)
     factors = pairs.factors(rows)  # (N, Q, K)
-    narrow = leading(flat, reading.labels.repeat_interleave(rows.shape[1]))
-    again = tuple(_read_anew(t, reading, narrow, seed) for t in tracked)
+    trial = Trial(reading, tail, config, seed)
+    again = tuple(_read_anew(t, trial) for t in tracked)
     ids, matched, next_id = _identities(again, pairs, last, last_ids, next_id, flat)
     present = factors > 0
     carried = present.any(dim=1)  # (N, K)
     predicted = reading.logits.argmax(dim=1)
     found = associate(carried, predicted, reading.labels, num_classes)
-    trial = Trial(reading, tail, narrow, config, seed)
     tested = trial.of_all(found, present, ids, {t.concept: t.carriers for t in again})
     peaks = factors.amax(dim=1)
     concepts = tuple(
@@ -159,18 +157,21 @@ def look(
     )
 
 
-def _read_anew(tracked: Tracked, reading: Reading, narrow: Tensor, seed: int) -> Tracked:
+def _read_anew(tracked: Tracked, trial: Trial) -> Tracked:
     """Return a tracked concept with its pair from the whole probe.
 
     Its carriers change only if they can be told apart more clearly now and stay nearly the same.
     """
+    reading = trial.reading
     flat = reading.rows.flatten(0, 1)
     labels = reading.labels.repeat_interleave(reading.rows.shape[1])
     carriers = tracked.carriers.to(flat.device)
     if carriers.shape != reading.rows.shape[:2]:
         read = flat @ tracked.pair.filter.to(flat) > tracked.pair.threshold
         carriers = read.view(reading.rows.shape[:2])
-    sharp = refine_membership(narrow, labels, carriers.flatten(), tracked.class_index, seed=seed)
+    sharp = refine_membership(
+        trial.narrow, labels, carriers.flatten(), tracked.class_index, seed=trial.seed
+    )
     if sharp is not None and sharp.separation > tracked.separation:
         present = sharp.present.view_as(carriers)
         if correlation(present, carriers) >= SAME_CARRIERS:

@@ -5,12 +5,13 @@ Nothing here knows how concepts were found or named, or what will be done about 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from concept_guard.association import Association, associate
 from concept_guard.config import GuardConfig
-from concept_guard.directions import DirectionPairs
+from concept_guard.directions import DirectionPairs, leading
 from concept_guard.flags import Candidate, Flag, candidates, confirm
 from concept_guard.influence import Tail
 from concept_guard.reading import Reading
@@ -28,16 +29,21 @@ class Trial:
     Attributes:
         reading: Rows, logits and labels of the probe.
         tail: Maps an edit of the rows to the logits of the reading's images.
-        narrow: `(P, A)` the same rows in fewer axes, see `leading`.
         config: Settings of the guard.
         seed: Of everything random.
     """
 
     reading: Reading
     tail: Tail
-    narrow: Tensor
     config: GuardConfig
     seed: int
+
+    @cached_property
+    def narrow(self) -> Tensor:
+        """The `(P, A)` rows in fewer axes, in which presence is sharpened."""
+        rows = self.reading.rows
+        labels = self.reading.labels.repeat_interleave(rows.shape[1])
+        return leading(rows.flatten(0, 1), labels)
 
     def of_all(
         self,
