@@ -115,27 +115,24 @@ def draw(power: list[Row], cause: list[Row], path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=(1, 1, 0.9))
     for axis, model in zip(axes, MODELS, strict=False):
-        for name in SHORTCUTS:
+        for k, name in enumerate(SHORTCUTS):
             points = [chosen(power, f"{model} {name} {n}", "first") for n in CONFLICTS]
-            if all(points):
-                axis.plot(CONFLICTS, [statistics.mean(p) for p in points], "o-", label=name)
+            if all(points):  # side by side, so that equal curves are all seen
+                at = [n * 1.03 ** (k - 1.5) for n in CONFLICTS]
+                style = {"marker": "osD^"[k], "alpha": 0.8, "label": name}
+                axis.plot(at, [statistics.mean(p) for p in points], **style)
         axis.set(xscale="log", ylim=(-0.03, 1.03), title=f"{model}: flagged first")
         axis.set(xlabel="conflicting images of 4,000", ylabel="share of seeds")
         axis.set_xticks(CONFLICTS, [str(n) for n in CONFLICTS])
         axis.minorticks_off()
         axis.axhline(0.9, color="grey", linewidth=0.8, linestyle=":")
         axis.legend(frameon=False)
-    names = (
-        "guard's\nprojection",
-        "mean\nshift",
-        "decoding\ndirection",
-        "random",
-        "random in\nclass",
-    )
+    names = ("guard's projection", "mean shift", "decoding direction", "random", "random in class")
     values = [chosen(cause, "", c) for c in MOVES]
     if all(values):
-        axes[2].bar(names, [statistics.mean(v) for v in values], color="tab:blue")
-        axes[2].set(ylim=(0, 1), title="driven errors repaired by a move along", ylabel="share")
+        axes[2].barh(names, [statistics.mean(v) for v in values], color="tab:blue")
+        axes[2].set(xlim=(0, 1), title="driven errors repaired", xlabel="share")
+        axes[2].invert_yaxis()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
