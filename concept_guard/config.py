@@ -111,7 +111,7 @@ class GuardConfig(StrictModel):
     every: _Schedule = 200
     track_every: _Schedule = 25
     action: Annotated[tuple[str, ...], BeforeValidator(_parse_action)] = _ACTIONS
-    max_erased: int = Field(default=4, ge=1)
+    max_erased: int = Field(default=16, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     approve: Literal["auto", "manual"] = "auto"
     strength: float = Field(default=1.0, gt=0, le=1)

@@ -3,17 +3,17 @@
 Nothing here knows why a concept was flagged or how its pair is kept true.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from concept_guard.directions import Subspace
 from concept_guard.errors import BakeError
-from concept_guard.influence import steps
 from concept_guard.tracking import Tracked
 
-WORST_CONDITION = 1e3  # of S W'; beyond it, concepts overlap too much to be told apart
 LARGEST_WEIGHT = 5.0  # larger ones destroyed training (0.04 instead of 0.76 on unmarked digits)
 MEMORY = 0.998  # decay per update of the group counts: about 500 updates
 
@@ -43,43 +43,90 @@ class Projection:
             return (x - excess @ self.moves).to(rows.dtype)
 
 
-def projection(tracked: Sequence[Tracked], strength: float) -> Projection | None:
-    """Build the projection of all tracked concepts at once.
-
-    Concepts are taken in order; one that would make `S W'` ill-conditioned is left out with a
-    warning, because dividing by it would blow activations up.
+def projection(subspace: Subspace, strength: float) -> Projection:
+    """Return the projection that takes a subspace out of rows.
 
     Args:
-        tracked: Concepts to project out.
-        strength: Share of the excess factor that is removed, in (0, 1].
+        subspace: Of all concepts that are to be projected out.
+        strength: Share of the excess factors that is removed, in (0, 1].
 
     Returns:
-        The projection, or None if there is nothing to project out.
+        The projection.
     """
-    chosen: list[Tracked] = []
-    for concept in tracked:
-        filters, signals = _stacked([*chosen, concept])
-        condition = float(torch.linalg.cond(signals.double() @ filters.double().T))
-        if condition <= WORST_CONDITION:
-            chosen.append(concept)
-        else:
-            warnings.warn(
-                f"concept {concept.concept} is not projected out: it overlaps with concepts "
-                f"{[c.concept for c in chosen]} (condition {condition:.0f}, expected at most "
-                f"{WORST_CONDITION:.0f}). Restore one of them.",
-                stacklevel=2,
-            )
-    if not chosen:
-        return None
-    filters, signals = _stacked(chosen)
-    reference = torch.tensor([c.pair.absent for c in chosen]).to(filters)
-    moves = strength * steps(filters, signals)
-    return Projection(filters, moves.to(filters.dtype), reference)
+    return Projection(subspace.filters, strength * subspace.signals, subspace.absent)
 
 
-def _stacked(tracked: Sequence[Tracked]) -> tuple[Tensor, Tensor]:
-    filters = torch.stack([c.pair.filter for c in tracked])
-    return filters, torch.stack([c.pair.signal for c in tracked])
+def calibrated(subspace: Subspace, rows: Tensor, labels: Tensor, classifier: nn.Linear) -> Subspace:
+    """Choose the level to leave behind such that the predictions fit the classes of the probe.
+
+    Every row is left at the same level, so that it only adds a constant to each logit. The mean
+    of the rows without a concept is a wrong one where the concepts are many and few rows have
+    none: these are rows of something else, and everything would be taken for that. The level of
+    the highest likelihood is as convex to find as a logistic regression; it is held near the
+    first one by a prior of one standard deviation of the rows within a class.
+
+    Departure: of ten colours of digits nine were found and erased. At the level of rows without
+    them, those of the tenth colour, .41 of test images were right (.51 with no erasure at all), at
+    this level .71; on another seed, with eight found, .68 and .77 (1 % conflicting colours).
+
+    Args:
+        subspace: With a level to start from.
+        rows: `(P, C)` activations.
+        labels: `(P,)` classes.
+        classifier: The linear map behind the rows.
+
+    Returns:
+        The subspace with another level.
+    """
+    with torch.no_grad():
+        weight, f = classifier.weight.to(torch.float64), subspace.filters.to(torch.float64)
+        pull = subspace.signals.to(torch.float64) @ weight.T  # (R, M): logits per unit of level
+        bias = 0.0 if classifier.bias is None else classifier.bias.to(torch.float64)
+        x = rows.to(torch.float64)
+        start = subspace.absent.to(torch.float64)
+        logits = x @ weight.T - (x @ f.T - start) @ pull + bias
+    shift = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.LBFGS([shift], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(logits + shift @ pull, labels, reduction="sum")
+        value = value + 0.5 * shift.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return replace(subspace, absent=(start + shift.detach()).to(subspace.absent.dtype))
+
+
+def losses_without(
+    rows: Tensor, labels: Tensor, classifier: nn.Linear, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the cross entropy of training samples with concepts projected out.
+
+    Rows are what was captured, so that the gradient reaches the classifier alone.
+
+    Departure: the network itself is not trained under the projection, as it was before. What it
+    learns then is to show the concept in other ways; a classifier that never saw projected rows
+    makes less of them. On a CIFAR-10 network with a planted patch, true membership and weights up
+    to 5, .578 of the patched and .622 of the clean images were right when all was trained under
+    the projection, .587 and .605 when nothing was, .593 and .618 when the classifier was; on
+    digits with 1 % conflicting colours .48, .77 and .80 (one seed each).
+
+    Args:
+        rows: `(B, Q, C)` activations of the batch, before any correction.
+        labels: `(B,)` classes.
+        classifier: The linear map behind them.
+        edit: Takes the concepts out of rows.
+
+    Returns:
+        `(B,)` losses.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        projected = edit(rows)[:, 0].to(classifier.weight.dtype)
+        logits = functional.linear(projected, classifier.weight, classifier.bias)
+        return functional.cross_entropy(logits, labels, reduction="none")
 
 
 class GroupCounts:
@@ -130,11 +177,10 @@ class GroupCounts:
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()
 
 
-def obstacle(loss: Tensor, targets: Tensor | None, rows: Tensor | None, num_classes: int) -> str:
-    """Return why the samples of a batch cannot be weighed, or nothing.
+def obstacle(targets: Tensor | None, rows: Tensor | None, num_classes: int) -> str:
+    """Return why the samples of a batch cannot be worked with, or nothing.
 
     Args:
-        loss: A scalar or `(B,)` losses.
         targets: `(B,)` classes, if they were given.
         rows: `(B, Q, C)` activations of the batch, if the tap has them.
         num_classes: M.
@@ -142,17 +188,15 @@ def obstacle(loss: Tensor, targets: Tensor | None, rows: Tensor | None, num_clas
     Returns:
         The reason with the way out.
     """
-    if loss.ndim == 0:
-        return "guard.loss got a scalar; use a criterion with reduction='none'"
     if targets is None:
         return "guard.loss got no targets; call guard.loss(loss, labels)"
     if targets.ndim != 1 or targets.is_floating_point():
         return "targets are soft; pass class indices, as before Mixup or CutMix"
     if targets.dtype == torch.bool or targets.is_complex():
         return f"targets are {targets.dtype}; pass class indices of an integer type"
-    if rows is None or len(rows) != len(loss):
+    if rows is None or len(rows) != len(targets):
         seen = "none" if rows is None else str(len(rows))
-        return f"the last forward pass gave {seen} of {len(loss)} samples to the tap"
+        return f"the last forward pass gave {seen} of {len(targets)} samples to the tap"
     if not bool(torch.isfinite(rows).all()):
         return "activations of the batch hold NaN or infinite values; lower the learning rate"
     wrong = sorted({t for t in targets.tolist() if not 0 <= t < num_classes})

@@ -21,7 +21,7 @@ from concept_guard.last_round import LastRound
 from concept_guard.logs import EventLog, RoundReport
 from concept_guard.probe import probe_batches
 from concept_guard.reading import check_labels, checked_pair
-from concept_guard.rebalancing import checked, rebalanced
+from concept_guard.rebalancing import checked, descended
 from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
@@ -32,7 +32,8 @@ class ConceptGuard:
     """Finds concepts that drive errors while a model trains, and unlearns them.
 
     Attach it before `torch.compile`, EMA copies and `DistributedDataParallel`. Nothing is
-    registered on the model; `close` takes off exactly what was added.
+    registered on the model; `close` takes off exactly what was added. What is projected out is
+    missing in eval mode and, after `bake`, in the weights; passes in train mode are not edited.
 
     Args:
         model: Image classifier; a module of it is hooked, nothing is wrapped or changed.
@@ -116,16 +117,17 @@ class ConceptGuard:
         A `ValueError` says which shapes of loss and targets do not belong together.
 
         Args:
-            loss: A scalar, returned as it is; or `(B,)` losses per sample (a criterion with
-                `reduction="none"`), which rebalancing can weigh.
-            targets: `(B,)` classes of the batch, needed to weigh.
+            loss: A scalar; or `(B,)` losses per sample (a criterion with `reduction="none"`),
+                which rebalancing can weigh.
+            targets: `(B,)` classes of the batch, needed while something is corrected.
 
         Returns:
-            A scalar. While nothing is corrected it is, bit for bit, the scalar given or the
-            plain mean.
+            A scalar: the one given or the mean, weighed where something is rebalanced. While
+            something is projected out, its gradient also teaches the classifier to do without;
+            while nothing is corrected it is the plain one, bit for bit.
         """
         self._health.heard(checked(loss, targets))
-        return rebalanced(loss, targets, self.tap, self._corrector, self._health)
+        return descended(loss, targets, self.tap, self._corrector, self._health)
 
     def step(self) -> RoundReport | None:
         """Count one optimizer update; run a round or re-estimate tracked pairs when due.
@@ -138,6 +140,7 @@ class ConceptGuard:
         """
         self._health.check_fired()
         self.steps += 1
+        self._corrector.erasure.settled = False
         self._clock.start()
         if self._resumed:
             self._resumed = False
@@ -231,9 +234,10 @@ class ConceptGuard:
     def bake(self) -> None:
         """Fold the projection into the model's own weights; nothing is corrected afterwards.
 
-        What was decided on the command line since the last round is carried out first. The logits
-        stay the same to rounding in eval mode. Without a projection nothing changes. Where no plain
-        linear map follows the tap, a `BakeError` leaves the model as it is.
+        What was decided on the command line since the last round is carried out first, and what
+        is projected out is estimated once more if the network was trained since. With that, the
+        logits stay the same to rounding in eval mode. Without a projection nothing changes. Where
+        no plain linear map follows the tap, a `BakeError` leaves the model as it is.
 
         Raises:
             BakeError: If the guard is closed.
@@ -241,6 +245,7 @@ class ConceptGuard:
         if self._closed:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
         self._acts.heed(self.steps)
+        self._corrector.erasure.settle(self._corrector.tracked)
         self._tell("finished")
         self._corrector.bake()
         self._log.act(self.steps, "bake")

@@ -35,29 +35,41 @@ def checked(loss: Tensor, targets: Tensor | None) -> Tensor:
     return loss
 
 
-def rebalanced(
+def descended(
     loss: Tensor, targets: Tensor | None, tap: Tap, corrector: Corrector, health: Health
 ) -> Tensor:
-    """Return the mean of the losses, weighed where something is rebalanced.
+    """Return the loss that unlearns: weighed samples, and a classifier that does without.
 
     Args:
-        loss: A scalar, returned as it is, or `(B,)` losses per sample.
+        loss: A scalar, or `(B,)` losses per sample.
         targets: `(B,)` classes, or None.
         tap: Holds the activations of the batch.
-        corrector: Weighs samples.
-        health: Warns, once, where weights cannot be had.
+        corrector: Weighs samples, and knows what is projected out.
+        health: Warns, once, where something cannot act.
 
     Returns:
-        A scalar; bit for bit the plain mean while nothing is rebalanced.
+        A scalar; bit for bit the scalar given or the plain mean while nothing is corrected.
     """
     plain = loss if loss.ndim == 0 else loss.mean()
-    if not corrector.rebalancing:
+    if not corrector.rebalancing and not corrector.erasure.adapting:
         return plain
     rows = tap.captured
-    problem = obstacle(loss, targets, rows, tap.num_classes)
+    problem = obstacle(targets, rows, tap.num_classes)
     if problem or rows is None or targets is None:
-        health.warn_once(f"rebalancing cannot act: {problem}.")
+        stopped = "rebalancing" if corrector.rebalancing else "adapting the classifier"
+        health.warn_once(f"{stopped} cannot act: {problem}.")
         return plain
-    with torch.no_grad():
-        weights = corrector.weights(rows, targets)
-    return (loss * weights.to(loss.dtype)).mean()
+    weights, weighed = torch.ones_like(targets, dtype=plain.dtype), plain
+    if corrector.rebalancing and loss.ndim == 0:
+        health.warn_once(
+            "rebalancing cannot act: guard.loss got a scalar; use a criterion with "
+            "reduction='none'."
+        )
+    elif corrector.rebalancing:
+        with torch.no_grad():
+            weights = corrector.weights(rows, targets).to(loss.dtype)
+        weighed = (loss * weights).mean()
+    if not corrector.erasure.adapting:
+        return weighed
+    without = (corrector.erasure.losses_without(rows, targets) * weights).mean()
+    return weighed + (without - without.detach())  # the value stays that of the criterion

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from concept_guard.directions import Concept, DirectionPairs, WithinClassPair
+from concept_guard.directions import Concept, DirectionPairs, Subspace, WithinClassPair
 from concept_guard.errors import StateError
 from concept_guard.flags import Flag
 from concept_guard.records import RoundReport
 from concept_guard.tracking import Tracked
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 TENSORS = ("filters", "signals", "biases")  # of direction pairs
 
 
@@ -79,6 +79,35 @@ def to_pairs(saved: Mapping[str, Any] | None, device: torch.device) -> Direction
     if saved is None:
         return None
     return DirectionPairs(**{name: tensor.to(device) for name, tensor in saved.items()})
+
+
+def from_subspace(subspace: Subspace | None) -> dict[str, Any] | None:
+    """Return the tensors of a subspace.
+
+    Args:
+        subspace: Subspace or None.
+
+    Returns:
+        Plain data.
+    """
+    if subspace is None:
+        return None
+    return {f.name: getattr(subspace, f.name).cpu().clone() for f in fields(subspace)}
+
+
+def to_subspace(saved: Mapping[str, Any] | None, device: torch.device) -> Subspace | None:
+    """Return the subspace that `from_subspace` wrote.
+
+    Args:
+        saved: Plain data.
+        device: Where it is to be.
+
+    Returns:
+        Subspace or None.
+    """
+    if saved is None:
+        return None
+    return Subspace(**{name: tensor.to(device) for name, tensor in saved.items()})
 
 
 def from_tracked(tracked: Tracked) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage 1: read rows at one place of the model, and edit them there on every forward pass.
+"""Stage 1: read rows at one place of the model, and edit them there on passes in eval mode.
 
 Nothing here knows what a row means: no concepts, no schedule. The only file that adds hooks.
 """
@@ -53,7 +53,9 @@ class _Hook:
         if not self._is_copy:
             self._note(x, training=module.training)
         edit = self.shared.edit
-        return None if edit is None else self._layout.written(x, edit(self._layout.rows(x)))
+        if edit is None or module.training:
+            return None
+        return self._layout.written(x, edit(self._layout.rows(x)))
 
     def _note(self, x: Tensor, *, training: bool) -> None:
         # Rows are copied: the next module may overwrite its input in place.
@@ -79,7 +81,7 @@ def _unpickled(layout: Layout, edit: Edit | None) -> _Hook:
 
 
 class Tap:
-    """Reads the rows of one place of a model, and can edit them on every forward pass.
+    """Reads the rows of one place of a model, and can edit them on passes in eval mode.
 
     Args:
         model: The classifier on its device, before `torch.compile`; a DDP wrapper is seen
@@ -155,7 +157,10 @@ class Tap:
 
     @property
     def edit(self) -> Edit | None:
-        """Function of `(N, Q, C)` rows applied on every forward pass; None changes no bit.
+        """Function of `(N, Q, C)` rows applied on passes in eval mode; None changes no bit.
+
+        Passes in train mode are never edited: what a network learns while a concept is projected
+        out is to find it again.
 
         It gets the dtype of the activation. Deep copies of the model follow it. Under
         `torch.compile`, changing tensors inside it is free; a new function recompiles.

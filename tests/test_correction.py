@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -11,9 +10,9 @@ from planted import MarkedWorld, marked_world, normal, overlapping_pairs
 from torch import Tensor, nn
 
 from concept_guard.correction import GroupCounts, Projection, bake_into, projection
-from concept_guard.directions import WithinClassPair, within_class_pair
+from concept_guard.directions import Subspace, WithinClassPair, within_class_pair
 from concept_guard.errors import BakeError
-from concept_guard.influence import erase
+from concept_guard.influence import erase, steps
 from concept_guard.tracking import Tracked
 
 EPS = torch.finfo(torch.float64).eps
@@ -38,9 +37,9 @@ def stacked(concepts: Sequence[Tracked]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def projected(concepts: Sequence[Tracked], strength: float = 1.0) -> Projection:
-    edit = projection(concepts, strength)
-    assert edit is not None
-    return edit
+    filters, signals, absent = stacked(concepts)
+    moves = steps(filters, signals).to(filters)
+    return projection(Subspace(filters, moves, absent), strength)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
@@ -75,40 +74,6 @@ def test_a_copied_and_an_unpickled_projection_act_alike(rng: torch.Generator) ->
     edit, rows = projected(several(rng)), normal(rng, 5, 8)
     for other in (copy.deepcopy(edit), pickle.loads(pickle.dumps(edit))):
         assert torch.equal(other(rows), edit(rows))
-
-
-def test_without_concepts_there_is_no_projection() -> None:
-    assert projection([], 1.0) is None
-
-
-def test_a_duplicate_concept_is_left_out_with_a_warning_that_names_it(
-    rng: torch.Generator,
-) -> None:
-    first, second = several(rng, 2)
-    again = tracked(
-        9, first.pair.filter + 1e-5 * normal(rng, 8), first.pair.signal + 1e-5 * normal(rng, 8)
-    )
-    message = r"concept 9 is not projected out: it overlaps with concepts \[0, 1\] \(condition \d+"
-    with pytest.warns(UserWarning, match=message) as caught:
-        edit = projected([first, second, again])
-    assert "Restore one of them" in str(caught[0].message)
-    rows = normal(rng, 5, 8)
-    assert torch.equal(edit(rows), projected([first, second])(rows))
-    with pytest.warns(UserWarning, match=r"concept 0 .* overlaps with concepts \[9\]"):
-        edit = projected([again, first, second])
-    assert len(edit.filters) == 2
-
-
-@pytest.mark.parametrize(("condition", "kept"), [(900.0, 2), (1100.0, 1)])
-def test_the_guard_acts_at_a_condition_of_a_thousand(condition: float, kept: int) -> None:
-    # S W' is symmetric with eigenvalues 1 + r and 1 - r: condition (1 + r) / (1 - r).
-    r = (condition - 1) / (condition + 1)
-    axes = torch.eye(2, dtype=torch.float64)
-    pairs = [tracked(0, axes[0], torch.tensor([1.0, r]).double())]
-    pairs += [tracked(1, axes[1], torch.tensor([r, 1.0]).double())]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert len(projected(pairs).filters) == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

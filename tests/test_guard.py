@@ -1,5 +1,6 @@
 """A guarded run from end to end: a planted mark is flagged, unlearned and logged."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from worlds import (
     CLASSES,
     PROBE,
@@ -223,7 +225,7 @@ def test_losses_per_sample_become_their_plain_mean_while_nothing_is_corrected(
     rng: torch.Generator,
 ) -> None:
     loss = torch.rand(31, generator=rng)
-    for guard in (flagging(), correcting(action="project"), flagging(action="observe")):
+    for guard in (flagging(), flagging(action="observe")):
         assert torch.equal(guard.loss(loss, LABELS[:31]), loss.mean())
         assert torch.equal(guard.loss(loss), loss.mean())
 
@@ -237,6 +239,47 @@ def test_rebalancing_weighs_the_samples_of_the_last_forward_pass(rng: torch.Gene
     weighed = guard.loss(losses, labels)
     assert weighed.ndim == 0
     assert not torch.equal(weighed, losses.mean())
+
+
+@pytest.mark.parametrize("is_scalar", [False, True])
+def test_projecting_teaches_the_classifier_alone_to_do_without(is_scalar: bool) -> None:
+    model = fallen()
+    guard = correcting(model, action="project", start=100)
+    images, labels = next(stream(UPDATES + 1, first=UPDATES))
+
+    def gradients(guarded: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        losses = cross_entropy(model(images), labels, reduction="none")
+        plain = losses.mean()
+        loss = guard.loss(plain if is_scalar else losses, labels) if guarded else plain
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    state = copy.deepcopy(model.state_dict())
+    value, own = gradients(False)
+    model.load_state_dict(state)
+    guarded, with_guard = gradients(True)
+    assert torch.equal(guarded, value)  # the loss that people log is that of their criterion
+    turned = {name for name in own if not torch.equal(own[name], with_guard[name])}
+    assert turned == {"fc.weight", "fc.bias"}
+    edit, rows = guard.tap.edit, guard.tap.captured
+    assert edit is not None
+    assert rows is not None
+    fc = copy.deepcopy(model.fc)
+    fc.zero_grad()
+    cross_entropy(fc(edit(rows)[:, 0]), labels).backward()
+    expected = own["fc.weight"] + fc.weight.grad
+    torch.testing.assert_close(with_guard["fc.weight"], expected, rtol=0, atol=1e-5)
+
+
+def test_projecting_says_once_that_it_needs_targets() -> None:
+    model = fallen()
+    guard = correcting(model, action="project", start=100)
+    model(IMAGES[:8])
+    with pytest.warns(UserWarning, match="adapting the classifier cannot act: .*no targets"):
+        assert torch.equal(guard.loss(torch.tensor(1.5)), torch.tensor(1.5))
+    assert torch.equal(guard.loss(torch.tensor(1.5)), torch.tensor(1.5))
 
 
 CANNOT: dict[str, tuple[bool, Tensor | None, str]] = {

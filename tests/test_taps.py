@@ -147,7 +147,8 @@ def test_an_edit_keeps_layout_and_memory_format(
 ) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, CLASSES, 1), nn.Flatten()
-    ).to(memory_format=memory)
+    )
+    model = model.to(memory_format=memory).eval()
     tap = Tap(model, where, images())
     seen: list[Tensor] = []
     if where == "pre_logits":
@@ -165,12 +166,27 @@ def test_an_edit_keeps_layout_and_memory_format(
     assert edited.stride() == plain.stride()
 
 
+def test_train_mode_passes_are_never_edited() -> None:
+    model = build("resnet10t").train()
+    tap = Tap(model, "pre_logits", images(2, 64))
+    torch.manual_seed(0)
+    plain = model(images(2, 64))
+    tap.edit = doubled
+    torch.manual_seed(0)
+    assert torch.equal(model(images(2, 64)), plain)
+    model.eval()
+    tap.edit = None
+    plain = model(images(2, 64))
+    tap.edit = doubled
+    assert not torch.equal(model(images(2, 64)), plain)  # control
+
+
 def test_an_edit_is_differentiable_and_never_in_place() -> None:
     model = build("resnet10t")
     tap = Tap(model, "stage:-1", images(2, 64))
     by = torch.zeros(512, requires_grad=True)
     tap.edit = Shift(by)
-    model(images(2, 64)).sum().backward()
+    model.eval()(images(2, 64)).sum().backward()
     assert by.grad is not None
     assert by.grad.abs().sum() > 0
 
@@ -188,10 +204,11 @@ def test_an_edit_under_autocast_gets_the_dtype_of_the_activation() -> None:
     outputs: list[Tensor] = []
     model.layer4.register_forward_hook(lambda _m, _a, output: outputs.append(output))
     with torch.autocast("cpu", torch.bfloat16):
-        model(images(2, 64))
+        model(images(2, 64))  # in train mode: captured, not edited
+        model.eval()(images(2, 64))
         tap.logits(images(2, 64), edit)
     assert dtypes == [torch.bfloat16, torch.float32]  # the own pass leaves autocast
-    assert outputs[0].dtype == torch.bfloat16
+    assert outputs[1].dtype == torch.bfloat16
     assert tap.captured is not None
     assert tap.captured.dtype == torch.float32
 
@@ -318,18 +335,24 @@ def test_a_compiled_model_reads_edits_and_captures_without_recompiling() -> None
     tap.edit, tap.listening = shift, True
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(2, 4)
+    plain = tap.logits(x, None)
     for _ in range(4):
         output = compiled(x)
     assert len(graphs) == 1
     assert tap.fired == 1
     torch.testing.assert_close(tap.captured, model[1](model[0](x))[:, None].detach())
-    torch.testing.assert_close(output, model(x))
+    torch.testing.assert_close(output, plain)  # train mode: no edit
+    model.eval()
+    for _ in range(4):
+        output = compiled(x)
+    assert len(graphs) == 2
+    torch.testing.assert_close(output, plain + model[2].weight.sum(dim=1))
     model.compile(backend=backend)  # compiled in place: the probe must still run eagerly
     tap.read([(torch.randn(7, 4), torch.zeros(7, dtype=torch.int64))], max_rows=9, seed=0)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     shift.by += 1
     torch.testing.assert_close(compiled(x), output + model[2].weight.sum(dim=1))
-    assert len(graphs) == 1
+    assert len(graphs) == 2
 
 
 def test_a_deep_copy_follows_the_edit_but_neither_captures_nor_counts() -> None:

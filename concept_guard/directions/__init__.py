@@ -5,6 +5,7 @@ from concept_guard.directions.fit import fit_pairs
 from concept_guard.directions.leading import leading
 from concept_guard.directions.matching import cosines, match
 from concept_guard.directions.pairs import Concept, DirectionPairs
+from concept_guard.directions.subspace import Subspace, joint_subspace
 from concept_guard.directions.within_class import (
     Membership,
     WithinClassPair,
@@ -17,10 +18,12 @@ __all__ = [
     "DirectionPairs",
     "Membership",
     "Schedule",
+    "Subspace",
     "WithinClassPair",
     "cosines",
     "descend_pairs",
     "fit_pairs",
+    "joint_subspace",
     "leading",
     "match",
     "refine_membership",

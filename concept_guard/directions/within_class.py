@@ -79,7 +79,7 @@ def _estimate(
     if signal is None or float(covariance.diagonal().sum()) == 0.0:
         return None
     if shrinkage is None:
-        shrinkage = _shrinkage(residual, covariance)
+        shrinkage = shrinkage_of(residual, covariance)
     direction = _discriminant(covariance, signal, shrinkage).to(rows.dtype)
     factor = rows @ direction
     off, on = factor[~present], factor[present]
@@ -114,11 +114,18 @@ def _discriminant(covariance: Tensor, signal: Tensor, shrinkage: float) -> Tenso
     return direction / (direction @ signal)
 
 
-def _shrinkage(residual: Tensor, covariance: Tensor) -> float:
-    """Return Ledoit and Wolf's shrinkage of a covariance, from the centred rows it is of.
+def shrinkage_of(residual: Tensor, covariance: Tensor) -> float:
+    """Return Ledoit and Wolf's shrinkage of a covariance towards a multiple of the identity.
 
     What scikit-learn computes in two more products of matrices follows from the norms of the rows,
     because the squares of all products of two entries of a row add up to its norm to the fourth.
+
+    Args:
+        residual: `(P, C)` centred rows.
+        covariance: `(C, C)` of these rows, float64.
+
+    Returns:
+        A share between 0 and 1.
     """
     rows, channels = residual.shape
     square = float(covariance.square().sum())
@@ -250,7 +257,7 @@ def _cross_fitted(
             return None
         if shrinkage is None:
             others = torch.cat([part for part in parts if part is not at])
-            shrinkage = _shrinkage(rows[others] - means[group[others]].to(rows.dtype), covariance)
+            shrinkage = shrinkage_of(rows[others] - means[group[others]].to(rows.dtype), covariance)
         direction = _discriminant(covariance, signal, shrinkage)
         factor[at] = rows[at] @ direction.to(rows.dtype)
     return factor, shrinkage or 0.0

@@ -1,0 +1,162 @@
+"""Stage 4b: what is projected out of the rows now, and how it is kept true and baked.
+
+Nothing here knows why concepts are corrected, or whether they should be.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from concept_guard.config import GuardConfig
+from concept_guard.correction import (
+    Projection,
+    bake_into,
+    calibrated,
+    losses_without,
+    projection,
+)
+from concept_guard.directions import Subspace, joint_subspace
+from concept_guard.probe import Batches
+from concept_guard.reading import Reading
+from concept_guard.taps import Tap
+from concept_guard.tracking import Tracked
+
+
+class Erasure:
+    """Keeps the tap's edit in step with what the presence of concepts changes in rows.
+
+    Args:
+        tap: Where rows are read and edited.
+        probe: The probe, from which the subspace is estimated.
+        config: Settings of the guard; nothing is edited unless `project` is among its actions.
+
+    Attributes:
+        subspace: Of all concepts that are projected out, together.
+        settled: Whether the network is as it was when that was estimated; who trains the network
+            says otherwise.
+    """
+
+    def __init__(self, tap: Tap, probe: Batches, config: GuardConfig) -> None:
+        self._tap, self._probe, self._config = tap, probe, config
+        self.subspace: Subspace | None = None
+        self.settled = False
+
+    @property
+    def adapting(self) -> bool:
+        """Whether the classifier learns now to do without what is projected out."""
+        return self._tap.edit is not None and self._tap.classifier is not None
+
+    def losses_without(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses of training samples with the concepts projected out.
+
+        Args:
+            rows: `(B, Q, C)` activations of the batch, before any correction.
+            labels: `(B,)` classes.
+
+        Returns:
+            `(B,)` losses, see `correction.losses_without`.
+
+        Raises:
+            ValueError: If nothing is projected out in front of a linear map.
+        """
+        head, edit = self._tap.classifier, self._tap.edit
+        if head is None or edit is None:
+            raise ValueError("nothing is projected out in front of a linear map")
+        return losses_without(rows, labels, head, edit)
+
+    def take_out(self, concepts: Sequence[Tracked], reading: Reading | None) -> None:
+        """Project these concepts out from now on, and no other.
+
+        If activations are not finite, a `ValueError` says so and nothing is changed.
+
+        Args:
+            concepts: With their carriers among the images of the probe.
+            reading: Of the probe; None reads it anew if there are concepts.
+        """
+        subspace, classifier = None, self._tap.classifier
+        if concepts:
+            reading = self._read() if reading is None else reading
+            subspace = _subspace(reading, [_present(t, reading) for t in concepts])
+            if subspace is not None and classifier is not None:
+                subspace = calibrated(subspace, reading.rows[:, 0], reading.labels, classifier)
+        self.put_back(subspace)
+        self.settled = True
+
+    def put_back(self, subspace: Subspace | None) -> None:
+        """Project a subspace out as it was estimated before.
+
+        Args:
+            subspace: Or None for nothing.
+        """
+        self.subspace = subspace
+        if subspace is None or "project" not in self._config.action:
+            self._tap.edit = None
+        else:
+            self._tap.edit = projection(subspace, self._config.strength)
+
+    def settle(self, concepts: Sequence[Tracked]) -> None:
+        """Estimate anew what is projected out, if the network moved since it was estimated.
+
+        If activations are not finite, a `ValueError` says so and nothing is changed.
+
+        Args:
+            concepts: Those that are projected out.
+        """
+        _ = self._tap.classifier  # says so if it was replaced
+        if concepts and not self.settled:
+            self.take_out(concepts, None)
+
+    def of(self, reading: Reading, present: Sequence[Tensor]) -> Projection | None:
+        """Return the projection that takes concepts out, without acting on it.
+
+        Args:
+            reading: Rows and labels of the probe.
+            present: `(N, Q)` bool each, which rows carry a concept.
+
+        Returns:
+            The projection, None if there is nothing to take out.
+        """
+        subspace = _subspace(reading, present)
+        return None if subspace is None else projection(subspace, self._config.strength)
+
+    def bake(self) -> None:
+        """Fold the projection into the linear map behind the tap.
+
+        Copies of the model, whose maps it is not folded into, keep the edit in their hooks.
+        Where that cannot be exact, a `BakeError` says why and nothing is changed.
+        """
+        edit = self._tap.edit
+        if isinstance(edit, Projection):
+            bake_into(self._tap.classifier, edit, self._config.tap)
+            self._tap.leave_edit_to_copies()
+
+    def _read(self) -> Reading:
+        """Return a reading of the whole probe as the network is now.
+
+        Raises:
+            ValueError: If its activations are not finite.
+        """
+        reading = self._tap.read(
+            self._probe, max_rows=self._config.max_rows, seed=self._config.seed
+        )
+        if not bool(torch.isfinite(reading.rows).all()):
+            raise ValueError(
+                f"activations at tap {self._config.tap!r} hold NaN or infinite values on the "
+                "probe, expected finite ones; lower the learning rate"
+            )
+        return reading
+
+
+def _subspace(reading: Reading, present: Sequence[Tensor]) -> Subspace | None:
+    positions = reading.rows.shape[1]
+    carried = torch.stack([p.flatten() for p in present], dim=1).to(reading.rows.device)
+    labels = reading.labels.repeat_interleave(positions)
+    return joint_subspace(reading.rows.flatten(0, 1), labels, carried, positions=positions)
+
+
+def _present(tracked: Tracked, reading: Reading) -> Tensor:
+    """Return which rows of a reading carry a concept, `(N, Q)`: those it knows, or as it reads."""
+    if tracked.carriers.shape == reading.rows.shape[:2]:
+        return tracked.carriers
+    return reading.rows @ tracked.pair.filter.to(reading.rows) > tracked.pair.threshold
