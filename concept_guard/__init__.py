@@ -10,7 +10,8 @@ The stages, in the order of the data flow:
     trial        all concepts of a round put to that test
     explanation  why one image is predicted as it is, concept by concept
     tracking     keep a flagged pair true while the network moves
-    correction   project out, rebalance, bake into the weights
+    correction   project out, rebalance, bake into the weights: the arithmetic
+    erasure      what is projected out now, kept true and baked
     decisions    what people approve and veto, from Python and from the command line
     logs         records, cards, TensorBoard
 """

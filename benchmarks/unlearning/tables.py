@@ -1,0 +1,118 @@
+"""Rows, tables and the figure of the unlearning benchmark. Nothing here computes a score."""
+
+import csv
+import statistics
+from pathlib import Path
+
+from scipy.stats import t
+
+FIELDS = ("task", "seed", "method", "measure", "value", "note", "seconds")
+
+
+class Rows:
+    """One CSV, a line per task, seed, method and measure; lines are written as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf8") as file:
+                self.read = list(csv.DictReader(file))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf8") as file:
+                csv.writer(file).writerow(FIELDS)
+
+    def has(self, task: str, seed: int, method: str) -> bool:
+        """Return whether a method was measured already."""
+        key = (task, str(seed), method)
+        return any((row["task"], row["seed"], row["method"]) == key for row in self.read)
+
+    def add(
+        self,
+        task: str,
+        seed: int,
+        method: str,
+        scores: dict[str, float],
+        note: str,
+        seconds: float,
+    ) -> None:
+        """Write and print the scores of one run."""
+        new = [
+            dict(
+                zip(
+                    FIELDS,
+                    (task, str(seed), method, k, f"{v:.4f}", note, f"{seconds:.1f}"),
+                    strict=True,
+                )
+            )
+            for k, v in scores.items()
+        ]
+        with self.path.open("a", newline="", encoding="utf8") as file:
+            csv.DictWriter(file, FIELDS).writerows(new)
+        self.read += new
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+        print(f"{task:18} {seed} {method:20} {shown}  {note}  {seconds:.0f} s", flush=True)
+
+
+def of(rows: list[dict[str, str]], task: str, method: str, measure: str) -> dict[str, float]:
+    """Return seed to value."""
+    key = (task, method, measure)
+    return {
+        row["seed"]: float(row["value"])
+        for row in rows
+        if (row["task"], row["method"], row["measure"]) == key
+    }
+
+
+def mean(values: list[float]) -> str:
+    """Return a mean with the half-width of its 95 % interval over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ±{half:.3f}"
+
+
+def print_tables(rows: list[dict[str, str]]) -> None:
+    """Print for every task the measures of all methods, and their paired gain on plain longer."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task]
+        measures = list(dict.fromkeys(row["measure"] for row in mine))
+        print(f"\n{task}: mean over seeds, 95 % interval; last: paired gain on plain longer")
+        print(f"{'':22}" + "".join(f"{m:>18}" for m in measures) + f"{'gain ' + measures[-1]:>28}")
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = [list(of(rows, task, method, m).values()) for m in measures]
+            longer = of(rows, task, "plain longer", measures[-1])
+            own = of(rows, task, method, measures[-1])
+            gains = [own[s] - longer[s] for s in own if s in longer]
+            line = "".join(f"{mean(c):>18}" for c in cells)
+            print(f"{method:22}{line}{mean(gains):>28}")
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Draw the last measure of every task for every method, with the seeds as dots."""
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    if not tasks:
+        return
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.2 * len(tasks) + 2, 0.26 * len(methods) + 1), sharey=True
+    )
+    for axis, task in zip([axes] if len(tasks) == 1 else axes, tasks, strict=True):
+        measure = [row["measure"] for row in rows if row["task"] == task][-1]
+        for n, method in enumerate(methods):
+            values = list(of(rows, task, method, measure).values())
+            colour = "tab:blue" if method.startswith("guard") else "tab:grey"
+            axis.plot(values, [n] * len(values), ".", color=colour, alpha=0.5)
+            if values:
+                axis.plot(statistics.mean(values), n, "|", color=colour, markersize=14)
+        axis.set(title=task, xlabel=measure)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_yticks(range(len(methods)), methods)
+    figure.axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
