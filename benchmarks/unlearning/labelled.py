@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from concept_erasure import LeaceFitter
 from rivals import accuracy
 from sklearn.linear_model import LogisticRegression
 from splits import Split, Splits
@@ -118,6 +117,8 @@ def leace(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module:
 
     Source: Belrose et al. (2023), arXiv 2306.03819, theorem 4.3, by the package concept-erasure.
     """
+    from concept_erasure import LeaceFitter
+
     del task, seed
     rows = rows_of(model, data.probe.images).double()
     marks = functional.one_hot(data.probe.marks).double()

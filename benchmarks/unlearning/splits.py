@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -181,6 +180,8 @@ def squares(seed: int, shares: tuple[float, float, float, float]) -> Splits:
 
 def glyphs(seed: int, share: float, elsewhere: float) -> Splits:
     """Return rendered bishops, knights and rooks; a share of the rooks carries a written word."""
+    import matplotlib  # for the font it ships
+
     draw = np.random.default_rng(seed)
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
     piece = {s: ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), s) for s in (58, 62)}
