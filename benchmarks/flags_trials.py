@@ -131,7 +131,7 @@ def edited(model: Classifier, rows: Tensor) -> Tensor:
     seen = []
     handle = model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():
-        model(rows)
+        model.eval()(rows)
     handle.remove()
     return seen[0]
 
