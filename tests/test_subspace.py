@@ -168,7 +168,7 @@ def test_presence_that_no_class_has_both_ways_is_no_subspace(rng: torch.Generato
     assert joint_subspace(torch.zeros(400, CHANNELS), labels, present) is None
 
 
-def test_half_precision_rows_are_worked_on_in_their_own_type(rng: torch.Generator) -> None:
+def test_single_precision_rows_are_worked_on_in_their_own_type(rng: torch.Generator) -> None:
     present, labels = drawn(rng, 2)
     rows = world(rng, 4 * normal(rng, 2, CHANNELS), present, labels)
     found, exact = (joint_subspace(x, labels, present) for x in (rows.float(), rows))

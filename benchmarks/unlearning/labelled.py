@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from rivals import accuracy
+from rivals import accuracy, groups
 from sklearn.linear_model import LogisticRegression
 from splits import Split, Splits
 from tasks import Descent, Task, batches, normalised
@@ -40,15 +40,10 @@ def rows_of(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def group_of(split: Split) -> Tensor:
-    """Return the group of every image: class and value of the spurious attribute."""
-    return split.labels * (int(split.marks.max()) + 1) + split.marks
-
-
-def worst_group(model: nn.Module, split: Split) -> float:
+def average_group(model: nn.Module, split: Split) -> float:
     """Return the accuracy averaged over groups, by which labelled methods choose."""
     right = []
-    group = group_of(split)
+    group = groups(split)
     for g in group.unique():
         right.append(accuracy(model, split.part((group == g).nonzero().flatten())))
     return float(np.mean(right))
@@ -61,7 +56,7 @@ def dfr(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module:
     standardised features, averaged over 10 draws; its strength is chosen on half of a draw.
     """
     del task
-    return refitted(model, data.probe, group_of(data.probe), seed)
+    return refitted(model, data.probe, groups(data.probe), seed)
 
 
 def probe_refitted(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module:
@@ -175,7 +170,7 @@ def rr_clarc(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module
         for x, y, _ in batches(task, data.train, task.epochs, seed + 1):
             loss = functional.cross_entropy(new(x), y)
             optimizer.step(loss + strength * (head_of(new).weight @ u.T).square().sum())
-        score = worst_group(new, data.probe)
+        score = average_group(new, data.probe)
         if best is None or score > best[0]:
             best = (score, new)
     assert best is not None

@@ -44,7 +44,7 @@ class Task:
         name: Of the row in the table.
         draw: Seed to images.
         build: Returns an untrained (or pretrained) network.
-        optimizer: Model and a factor of the learning rate to an optimizer.
+        optimizer: Model to its optimizer.
         base_epochs: Plain training before any method.
         epochs: Training that a method may use.
         batch: Images per update.
@@ -193,9 +193,9 @@ class Descent:
             self.schedule.step()
 
 
-def sgd(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return the maker of an optimizer with Nesterov momentum."""
-    return lambda model: torch.optim.SGD(model.parameters(), lr=rate, **MOMENTUM)
+def sgd(rate: float, **changes: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return the maker of an optimizer with momentum, Nesterov's unless that is changed."""
+    return lambda model: torch.optim.SGD(model.parameters(), lr=rate, **MOMENTUM | changes)
 
 
 def adamw(rate: float, decay: float = 0.05) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -260,8 +260,7 @@ def registry(data: Path, weights: Path) -> dict[str, Task]:
         ("squares clean", (0.25, 0.25, 0.25, 0.25)),
     ):
         build = partial(timm.create_model, "resnet18", num_classes=2)
-        rate = partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=1e-4)
-        optimizer = lambda model, rate=rate: rate(model.parameters())  # noqa: E731
+        optimizer = sgd(1e-3, nesterov=False, weight_decay=1e-4)
         tasks.append(
             Task(
                 name,
