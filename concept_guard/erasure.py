@@ -77,9 +77,12 @@ class Erasure:
         subspace, classifier = None, self._tap.classifier
         if concepts:
             reading = self._read() if reading is None else reading
-            subspace = _subspace(reading, [_present(t, reading) for t in concepts])
+            present = [_present(t, reading) for t in concepts]
+            subspace = _subspace(reading, present)
             if subspace is not None and classifier is not None:
-                subspace = calibrated(subspace, reading.rows[:, 0], reading.labels, classifier)
+                carried = torch.stack(present).any(dim=0)[:, 0].to(reading.rows.device)
+                rows, labels = reading.rows[:, 0], reading.labels
+                subspace = calibrated(subspace, rows, labels, carried, classifier)
         self.put_back(subspace)
         self.settled = True
 

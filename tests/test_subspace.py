@@ -193,13 +193,21 @@ def test_the_level_is_that_of_the_highest_likelihood(rng: torch.Generator) -> No
     rows, head = world(rng, 4 * normal(rng, 3, CHANNELS), present, labels), a_head(rng)
     start = joint_subspace(rows, labels, present)
     assert start is not None
-    fitted = calibrated(start, rows, labels, head)
+    carried = present.any(dim=1)
+    fitted = calibrated(start, rows, labels, carried, head)
     assert torch.equal(fitted.filters, start.filters)
+    groups = [(labels == k) & (carried == c) for k in range(CLASSES) for c in (False, True)]
+    weight = torch.zeros(len(rows), dtype=rows.dtype)
+    for with_and_without in zip(groups[::2], groups[1::2], strict=True):
+        most = max(int(g.sum()) for g in with_and_without)
+        for g in with_and_without:
+            weight[g] = most / int(g.sum())
+    weight *= len(rows) / weight.sum()
 
     def objective(level: Tensor) -> float:
         edit = projection(Subspace(start.filters, start.signals, level), 1.0)
         with torch.no_grad():
-            loss = cross_entropy(head(edit(rows)), labels, reduction="sum")
+            loss = (weight * cross_entropy(head(edit(rows)), labels, reduction="none")).sum()
         return float(loss + 0.5 * (level - start.absent).square().sum())
 
     best = objective(fitted.absent)
@@ -215,7 +223,7 @@ def test_fitting_the_level_leaves_the_head_and_gradients_alone(rng: torch.Genera
     start = joint_subspace(rows, labels, present)
     assert start is not None
     with torch.no_grad():
-        fitted = calibrated(start, rows, labels, head)
+        fitted = calibrated(start, rows, labels, present.any(dim=1), head)
     assert not fitted.absent.requires_grad
     assert torch.equal(head.weight, weight)
     assert head.weight.grad is None
