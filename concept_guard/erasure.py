@@ -43,6 +43,11 @@ class Erasure:
         self.settled = False
 
     @property
+    def acting(self) -> bool:
+        """Whether something is projected out now."""
+        return self._tap.edit is not None
+
+    @property
     def adapting(self) -> bool:
         """Whether the classifier learns now to do without what is projected out."""
         return self._tap.edit is not None and self._tap.classifier is not None
@@ -74,17 +79,29 @@ class Erasure:
             concepts: With their carriers among the images of the probe.
             reading: Of the probe; None reads it anew if there are concepts.
         """
-        subspace, classifier = None, self._tap.classifier
+        subspace = None
         if concepts:
             reading = self._read() if reading is None else reading
-            present = [_present(t, reading) for t in concepts]
-            subspace = _subspace(reading, present)
-            if subspace is not None and classifier is not None:
-                carried = torch.stack(present).any(dim=0)[:, 0].to(reading.rows.device)
-                rows, labels = reading.rows[:, 0], reading.labels
-                subspace = calibrated(subspace, rows, labels, carried, classifier)
+            subspace = self._estimated(reading, [carriers_in(t, reading) for t in concepts])
         self.put_back(subspace)
         self.settled = True
+
+    def seen_in(
+        self, concepts: Sequence[Tracked], reading: Reading, at: Tensor
+    ) -> Projection | None:
+        """Return what would be projected out if the probe were only some of its images.
+
+        Args:
+            concepts: With their carriers among the images of the probe.
+            reading: Of the probe.
+            at: `(n,)` positions of these images in the reading.
+
+        Returns:
+            The projection, None if there is nothing to take out; it does not act.
+        """
+        present = [carriers_in(t, reading)[at.to(t.carriers.device)] for t in concepts]
+        subspace = self._estimated(reading.part(at), present)
+        return None if subspace is None else projection(subspace, self._config.strength)
 
     def put_back(self, subspace: Subspace | None) -> None:
         """Project a subspace out as it was estimated before.
@@ -123,6 +140,15 @@ class Erasure:
         subspace = _subspace(reading, present)
         return None if subspace is None else projection(subspace, self._config.strength)
 
+    def _estimated(self, reading: Reading, present: Sequence[Tensor]) -> Subspace | None:
+        """Return the subspace of concepts as a reading shows it, at the level that fits it."""
+        subspace, classifier = _subspace(reading, present), self._tap.classifier
+        if subspace is None or classifier is None:
+            return subspace
+        carried = torch.stack(list(present)).any(dim=0)[:, 0].to(reading.rows.device)
+        rows, labels = reading.rows[:, 0], reading.labels
+        return calibrated(subspace, rows, labels, carried, classifier)
+
     def bake(self) -> None:
         """Fold the projection into the linear map behind the tap.
 
@@ -158,8 +184,16 @@ def _subspace(reading: Reading, present: Sequence[Tensor]) -> Subspace | None:
     return joint_subspace(reading.rows.flatten(0, 1), labels, carried, positions=positions)
 
 
-def _present(tracked: Tracked, reading: Reading) -> Tensor:
-    """Return which rows of a reading carry a concept, `(N, Q)`: those it knows, or as it reads."""
+def carriers_in(tracked: Tracked, reading: Reading) -> Tensor:
+    """Return which rows of a reading carry a concept: those it knows, or as its pair reads them.
+
+    Args:
+        tracked: The concept.
+        reading: Of the probe.
+
+    Returns:
+        `(N, Q)` bool.
+    """
     if tracked.carriers.shape == reading.rows.shape[:2]:
         return tracked.carriers
     return reading.rows @ tracked.pair.filter.to(reading.rows) > tracked.pair.threshold

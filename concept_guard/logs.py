@@ -36,6 +36,7 @@ _WORST_GROUP = "concept_guard/probe/worst_group"
 _SLOT_RISK_DIFFERENCE = "concept_guard/slot_{}/risk_difference"
 _SLOT_Q_VALUE = "concept_guard/slot_{}/q_value"
 _SLOT_LEAK = "concept_guard/slot_{}/leak"
+_SLOT_READABLE = "concept_guard/slot_{}/readable"
 _CARD = "concept_guard/cards/slot_{}"
 _REPORT = "concept_guard/report"
 _SCALARS: tuple[tuple[str, Callable[[RoundReport], float | None]], ...] = (
@@ -197,6 +198,7 @@ def _slot_values(report: RoundReport, slots: Mapping[int, int]) -> list[tuple[st
             values.append((_SLOT_RISK_DIFFERENCE.format(slot), flag.risk_difference))
             values.append((_SLOT_Q_VALUE.format(slot), flag.q_value))
         values.append((_SLOT_LEAK.format(slot), report.leak.get(concept)))
+        values.append((_SLOT_READABLE.format(slot), report.readable.get(concept)))
     return values
 
 

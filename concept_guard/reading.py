@@ -121,6 +121,18 @@ class Reading:
     seen: int
     grid: tuple[int, int]
 
+    def part(self, at: Tensor) -> "Reading":
+        """Return what was found of some of the images.
+
+        Args:
+            at: `(n,)` their positions in this reading.
+
+        Returns:
+            The reading of these images.
+        """
+        kept = (self.rows[at], self.logits[at], self.labels[at], self.indices[at])
+        return Reading(*kept, self.seen, self.grid)
+
 
 class Reservoir:
     """Collects a `Reading`: a uniform sample, without replacement, of a stream of images.

@@ -10,7 +10,17 @@ from concept_guard.directions import Concept
 from concept_guard.flags import Flag
 
 _NOT_FLAGGED = ("vetoed", "unconfirmed")
-_HEADER = ("concept", "class", "risk difference", "q", "fixed/broken", "present", "status")
+_HEADER = (
+    "concept",
+    "class",
+    "risk difference",
+    "q",
+    "fixed/broken",
+    "present",
+    "leak",
+    "readable",
+    "status",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class RoundReport:
         error_share_explained: Share of the errors that fall under a flag.
         accuracy_if_erased: `accuracy` with every flagged concept erased; None if not measured.
         worst_group_accuracy_if_erased: Likewise.
-        leak: Concept id to the absolute risk difference that remains while it is erased.
+        leak: Concept under correction to the absolute risk difference that is left of it once this
+            round has corrected it, on images from which the projection was not estimated.
         cosine_to_last: Mean of `drift`; 1 in the first round, 0 if no concept was found again.
         penalty: Value of the loss penalty, 0 while there is none.
         errors_seen: Probe images predicted wrongly.
@@ -40,10 +51,14 @@ class RoundReport:
             again.
         new: Ids of the concepts that the last round did not have; empty in the first round.
         vanished: Ids of the last round that are gone.
-        notes: What the search for concepts has to say, such as why there are so few.
+        notes: What the search for concepts has to say, such as why there are so few, and which
+            concepts under correction came back since the last round.
         seen_from: Images of other classes that must carry a shortcut for it to be seen at all.
         likely_seen_from: From how many on one that misleads on half of them is seen with
             probability .8.
+        readable: Concept under correction to how well a fresh linear probe still reads it from the
+            rows of such images, the class held fixed: the AUC, .5 if not at all. Concepts with too
+            few images are missing.
     """
 
     step: int
@@ -70,6 +85,7 @@ class RoundReport:
     notes: tuple[str, ...] = ()
     seen_from: int = 0
     likely_seen_from: int = 0
+    readable: dict[int, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -113,11 +129,17 @@ def _rows(
             f"{flag.q_value:.2g}",
             f"{flag.fixed}/{flag.broken}",
             str(flag.present),
+            _left(report.leak, flag.concept),
+            _left(report.readable, flag.concept),
             flag.status,
             ", ".join(_name(file_names, example) for example in flag.examples[:3]),
         )
         for flag in report.flags
     ]
+
+
+def _left(values: Mapping[int, float], concept: int) -> str:
+    return f"{values[concept]:.2f}" if concept in values else "-"
 
 
 def table(
@@ -142,7 +164,7 @@ def table(
         return "\n".join(last)
     cells = [(*_HEADER, "examples"), *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = (0, 2, 3, 4, 5)  # columns of numbers
+    right = (0, 2, 3, 4, 5, 6, 7)  # columns of numbers
     lines = [
         "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)

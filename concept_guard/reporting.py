@@ -16,6 +16,7 @@ from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.decisions import FlagLine, Stage, Standing, now
 from concept_guard.flags import Flag
+from concept_guard.leaks import Leaks
 from concept_guard.localisation import location_maps
 from concept_guard.probe import Batches, images_at
 from concept_guard.reading import Reading
@@ -31,6 +32,7 @@ def report(
     found: Findings,
     corrector: Corrector,
     if_erased: Tensor | None,
+    left: Leaks,
     *,
     step: int,
     alpha: float,
@@ -44,6 +46,7 @@ def report(
         found: What it found.
         corrector: After it acted.
         if_erased: `(N, M)` logits with everything new erased, or None.
+        left: What is left of the concepts under correction.
         step: Optimizer updates so far.
         alpha: False-discovery level.
         seconds: Duration of the round.
@@ -80,7 +83,8 @@ def report(
         worst_group_accuracy_if_erased=None
         if after is None
         else measures.worst_group_accuracy(after, labels, groups),
-        leak=found.leak,
+        leak=left.difference,
+        readable=left.readable,
         cosine_to_last=found.cosine_to_last,
         penalty=0.0,
         errors_seen=errors,
@@ -91,7 +95,7 @@ def report(
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
-        notes=found.pairs.notes,
+        notes=(*found.pairs.notes, *left.returned),
         seen_from=seen.least,
         likely_seen_from=seen.likely,
     )

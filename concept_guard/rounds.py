@@ -42,7 +42,8 @@ class Findings:
         concepts: The same pairs with ids, rates and examples.
         candidates: Tested concepts by id, strongest evidence first.
         tracked: The concepts under correction, their pairs read anew.
-        leak: Concept id to the risk difference that is left while it is erased.
+        pull: Concept under correction to the risk difference, and the lower end of its interval,
+            with which the network came into the round, corrected as the last round left it.
         drift: Id of a concept that was there in the last round to the cosine of its filter with
             the last round's.
         new: Ids of the concepts that the last round did not have; empty in the first round.
@@ -56,7 +57,7 @@ class Findings:
     concepts: tuple[Concept, ...]
     candidates: dict[int, Candidate]
     tracked: tuple[Tracked, ...]
-    leak: dict[int, float]
+    pull: dict[int, tuple[float, float]]
     drift: dict[int, float]
     new: tuple[int, ...]
     vanished: tuple[int, ...]
@@ -140,7 +141,7 @@ def look(
         )
         for i in range(len(ids))
     )
-    leak = {t.concept: _leak(t, predicted, reading.labels, num_classes) for t in again}
+    pull = {t.concept: _pull(t, predicted, reading.labels, num_classes) for t in again}
     alike = {} if last is None else cosines(last, pairs, matched)
     return Findings(
         pairs,
@@ -149,7 +150,7 @@ def look(
         concepts,
         tested,
         again,
-        leak,
+        pull,
         drift={ids[i]: cosine for i, cosine in alike.items()},
         new=() if last is None else tuple(i for i in ids if i not in last_ids),
         vanished=tuple(sorted({*last_ids} - {*ids} - {t.concept for t in again})),
@@ -223,7 +224,10 @@ def as_tracked(concept: int, class_index: int, pair: WithinClassPair) -> Tracked
     return Tracked(concept, class_index, pair, none, -1.0, none[:, 0].long(), none)
 
 
-def _leak(tracked: Tracked, predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+def _pull(
+    tracked: Tracked, predicted: Tensor, labels: Tensor, num_classes: int
+) -> tuple[float, float]:
     carried = tracked.carriers.any(dim=1, keepdim=True)
     found = associate(carried, predicted, labels, num_classes)
-    return abs(float(found.difference[0, tracked.class_index]))
+    at = (0, tracked.class_index)
+    return float(found.difference[at]), float(found.low[at])

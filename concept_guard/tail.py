@@ -15,20 +15,21 @@ from concept_guard.reading import Reading
 from concept_guard.taps import Edit, Tap
 
 
-def tail_of(tap: Tap, probe: Batches, reading: Reading) -> Tail:
-    """Return a function from an edit, on top of the tap's current one, to the reading's logits.
+def tail_of(tap: Tap, probe: Batches, reading: Reading, *, on_top: bool = True) -> Tail:
+    """Return a function from an edit of the rows to the logits of the reading's images.
 
     Args:
         tap: Where rows are edited.
         probe: The images of the reading.
         reading: Rows of the probe images.
+        on_top: Whether the edit comes on top of the tap's current one, or takes its place.
 
     Returns:
         Maps an edit of `(N, Q, C)` rows, and the `(n,)` positions of some of the images or None
         for all, to `(n, M)` logits. A linear map behind the tap is evaluated on the rows;
         otherwise the images are passed through the model again.
     """
-    head, current = tap.classifier, tap.edit
+    head, current = tap.classifier, tap.edit if on_top else None
 
     @cache
     def images_of(indices: tuple[int, ...]) -> Tensor:

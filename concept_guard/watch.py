@@ -11,10 +11,12 @@ from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.health import Health
 from concept_guard.last_round import LastRound
+from concept_guard.leaks import Leaks, leaks
 from concept_guard.logs import EventLog, RoundReport, assign_slots
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.rounds import Findings, look
+from concept_guard.tail import tail_of
 from concept_guard.taps import Tap
 
 
@@ -84,11 +86,13 @@ class Watch:
             tracked=self._corrector.tracked,
         )
         if_erased = self._corrector.act_on(found, reading)
+        left = self._left(found, reading)
         report = reporting.report(
             reading,
             found,
             self._corrector,
             if_erased,
+            left,
             step=step,
             alpha=self._config.alpha,
             seconds=time.perf_counter() - began,
@@ -99,6 +103,18 @@ class Watch:
         if self._log.active:
             self._show(report, reading, found)
         return report
+
+    def _left(self, found: Findings, reading: Reading) -> Leaks:
+        last = self.last.report
+        return leaks(
+            self._corrector.tracked,
+            reading,
+            self._corrector.erasure,
+            tail_of(self._tap, self._probe, reading, on_top=False),
+            pull=found.pull,
+            before={} if last is None else last.leak,
+            seed=self._config.seed,
+        )
 
     def _show(self, report: RoundReport, reading: Reading, found: Findings) -> None:
         slots = self.last.slots

@@ -31,7 +31,7 @@ LAYERS = [
     {"records", "cards", "measures", "localisation"},
     {"explanation", "health"},
     {"logs", "state", "tail"},
-    {"corrector", "last_round"},
+    {"corrector", "last_round", "leaks"},
     {"reporting"},
     {"watch", "rebalancing"},
     {"acts"},

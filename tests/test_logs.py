@@ -42,8 +42,11 @@ ALWAYS = {
 IF_ERASED = {"concept_guard/probe/top1_if_erased", "concept_guard/probe/worst_group_if_erased"}
 
 
+SLOT_VALUES = ("risk_difference", "q_value", "leak", "readable")
+
+
 def slot_tags(slot: int) -> set[str]:
-    return {f"concept_guard/slot_{slot}/{tag}" for tag in ("risk_difference", "q_value", "leak")}
+    return {f"concept_guard/slot_{slot}/{tag}" for tag in SLOT_VALUES}
 
 
 def flag(concept: int, status: str = "found", q: float = 0.01, rd: float = 0.4) -> Flag:
@@ -71,6 +74,7 @@ def report(step: int, *flags: Flag, erased: tuple[int, ...] = (), **changes: obj
         "seconds": 1.5,
         "overhead": 0.03,
         "verdict": "concept 5 pulls towards class 1.",
+        "readable": dict.fromkeys(erased, 0.75),
     }
     return RoundReport(**{**values, **changes})
 
@@ -99,7 +103,7 @@ def test_the_tags_read_back_are_exactly_the_planned_ones(tmp_path: Path) -> None
     log.write(report(300, flag(5, "erased"), flag(9), erased=(5,)), {9: card()}, {5: 0, 9: 1})
     log.close()
     tags = read(tmp_path).Tags()
-    slots = slot_tags(0) | slot_tags(1) - {"concept_guard/slot_1/leak"}
+    slots = slot_tags(0) | (slot_tags(1) - {f"concept_guard/slot_1/{t}" for t in SLOT_VALUES[2:]})
     assert set(tags["scalars"]) == ALWAYS | IF_ERASED | slots
     assert set(tags["images"]) == {"concept_guard/cards/slot_0", "concept_guard/cards/slot_1"}
     assert set(tags["tensors"]) == {"concept_guard/report/text_summary"}
@@ -125,6 +129,7 @@ def test_every_value_lands_under_its_own_tag_at_its_step(tmp_path: Path) -> None
         "slot_2/risk_difference": 0.33,
         "slot_2/q_value": 0.02,
         "slot_2/leak": 0.05,
+        "slot_2/readable": 0.75,
         "stability/cosine_to_last": 0.97,
         "cost/round_s": 1.5,
         "cost/overhead_pct": 3,

@@ -44,7 +44,7 @@ def report(*flags: Flag, verdict: str = "concept 7 pulls towards class 3.") -> R
         error_share_explained=0.5,
         accuracy_if_erased=None,
         worst_group_accuracy_if_erased=None,
-        leak={},
+        leak={7: 0.031},
         cosine_to_last=1.0,
         penalty=0.0,
         errors_seen=30,
@@ -52,15 +52,20 @@ def report(*flags: Flag, verdict: str = "concept 7 pulls towards class 3.") -> R
         seconds=1.5,
         overhead=0.03,
         verdict=verdict,
+        readable={7: 0.712},
     )
 
 
 def test_the_table_has_one_aligned_row_per_flag_and_ends_with_the_verdict() -> None:
     assert table(report(FLAG, OTHER)).splitlines() == [
-        "concept  class       risk difference        q  fixed/broken  present  status  examples",
-        "-------  -----  --------------------  -------  ------------  -------  ------  --------",
-        "      7  3      +0.46 [+0.30, +0.60]  3.1e-07          12/1       40  erased  5, 2, 0",
-        "     11  0      +0.05 [+0.01, +0.10]      0.2          12/1       40  found   5, 2, 0",
+        "concept  class       risk difference        q  fixed/broken  present  leak  readable  "
+        "status  examples",
+        "-------  -----  --------------------  -------  ------------  -------  ----  --------  "
+        "------  --------",
+        "      7  3      +0.46 [+0.30, +0.60]  3.1e-07          12/1       40  0.03      0.71  "
+        "erased  5, 2, 0",
+        "     11  0      +0.05 [+0.01, +0.10]      0.2          12/1       40     -         -  "
+        "found   5, 2, 0",
         "concept 7 pulls towards class 3.",
     ]
 

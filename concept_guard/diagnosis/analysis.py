@@ -27,6 +27,7 @@ from concept_guard.diagnosis.subject import Subject
 from concept_guard.errors import ProbeError
 from concept_guard.explanation import behind
 from concept_guard.influence import GlobalInfluence, global_influence
+from concept_guard.leaks import Leaks
 from concept_guard.measures import Group, not_finite, pseudo_groups
 from concept_guard.probe import Batches, images_at, probe_batches
 from concept_guard.reading import Reading, checked_pair
@@ -180,6 +181,7 @@ def _round(
         found,
         corrector,
         None,
+        Leaks(),
         step=0,
         alpha=config.alpha,
         seconds=perf_counter() - began,

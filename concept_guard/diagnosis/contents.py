@@ -4,6 +4,7 @@ Nothing here knows how the page is drawn, or how anything was found.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from concept_guard.cards import Card, card_image, marked_picture, picture
 from concept_guard.diagnosis.analysis import Analysis
@@ -68,7 +69,7 @@ def contents(
         suspects=tuple(
             SuspectEntry(i, NO_FLAG, of[i], _drawn(analysis.cards, i)) for i in analysis.suspects
         ),
-        trained=tuple(_trained(f, subject, analysis, history.cards) for f in history.flags),
+        trained=tuple(_trained(f, subject, analysis, history) for f in history.flags),
         comparisons=history.comparisons,
         notes=_notes(subject, analysis),
         command=command,
@@ -158,9 +159,7 @@ def _flag_entry(
     )
 
 
-def _trained(
-    flag: Flag, subject: Subject, analysis: Analysis, cards: Mapping[int, Card]
-) -> ConceptEntry:
+def _trained(flag: Flag, subject: Subject, analysis: Analysis, history: History) -> ConceptEntry:
     """Return a flag of the guard with what became of the errors it was raised for."""
     reading, classes = analysis.reading, subject.classes
     at = {index: n for n, index in enumerate(reading.indices.tolist())}
@@ -175,7 +174,9 @@ def _trained(
         for index in flag.examples
         if index in at
     )
-    return _flag_entry(flag, classes, len(labels), rows, cards)
+    entry = _flag_entry(flag, classes, len(labels), rows, history.cards)
+    leak, readable = history.leak.get(flag.concept), history.readable.get(flag.concept)
+    return replace(entry, leak=leak, readable=readable)
 
 
 def _drawn(cards: Mapping[int, Card], concept: int) -> Picture | None:

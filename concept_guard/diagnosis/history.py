@@ -22,9 +22,13 @@ class History:
         cards: Concept id to card, of that round.
         comparisons: Shares of right predictions, before and after.
         next_id: First id that no concept has had while training.
+        leak: Concept id to the risk difference that the last round left of it.
+        readable: Concept id to how well a fresh linear probe read it then.
     """
 
     flags: tuple[Flag, ...] = ()
     cards: Cards = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     next_id: int = 0
+    leak: Mapping[int, float] = field(default_factory=dict)
+    readable: Mapping[int, float] = field(default_factory=dict)

@@ -5,10 +5,12 @@ from concept_guard.directions.fit import fit_pairs
 from concept_guard.directions.leading import leading
 from concept_guard.directions.matching import cosines, match
 from concept_guard.directions.pairs import Concept, DirectionPairs
+from concept_guard.directions.readability import Readability, readability
 from concept_guard.directions.subspace import Subspace, joint_subspace
 from concept_guard.directions.within_class import (
     Membership,
     WithinClassPair,
+    folds,
     refine_membership,
     within_class_pair,
 )
@@ -17,15 +19,18 @@ __all__ = [
     "Concept",
     "DirectionPairs",
     "Membership",
+    "Readability",
     "Schedule",
     "Subspace",
     "WithinClassPair",
     "cosines",
     "descend_pairs",
     "fit_pairs",
+    "folds",
     "joint_subspace",
     "leading",
     "match",
+    "readability",
     "refine_membership",
     "within_class_pair",
 ]

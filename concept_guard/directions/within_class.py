@@ -209,7 +209,8 @@ def refine_membership(
         if int((others & present).sum()) < 3 or int((others & ~present).sum()) < 3:
             return None
         with few_threads(rows.numel()):
-            read = _cross_fitted(rows, labels, present, shrinkage, seed + turn)
+            fold = folds(labels * 2 + present.long(), seed + turn)
+            read = cross_fitted(rows, labels, present, shrinkage, fold)
         if read is None:
             return None
         factor, shrinkage = read
@@ -231,16 +232,26 @@ def _near(scaled: Tensor, level: float) -> int:
     return int(((scaled - level).abs() < REACH).sum())
 
 
-def _cross_fitted(
-    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, seed: int
+def cross_fitted(
+    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, fold: Tensor
 ) -> tuple[Tensor, float] | None:
-    """Return `(P,)` factors, each read by a pair that did not see its row; and the shrinkage.
+    """Read every row by the filter of a pair that was estimated without its fold.
 
     The products of the rows of each fold are taken once: those of all other folds are the sum of
     all less this one. The rows are centred, so that little is lost by the difference.
+
+    Args:
+        rows: `(P, C)` activations, centred.
+        labels: `(P,)` classes.
+        present: `(P,)` bool.
+        shrinkage: Shrinkage to use; None estimates it.
+        fold: `(P,)` the fold of each row, from `folds`.
+
+    Returns:
+        `(P,)` factors and the shrinkage; None when no class has rows both with and without the
+        concept outside some fold.
     """
     group = labels * 2 + present.long()
-    fold = _folds(group, seed)
     groups = 2 * (int(labels.max()) + 1)
     parts = [(fold == left_out).nonzero().flatten() for left_out in range(FOLDS)]
     products = [(rows[at].T @ rows[at]).to(torch.float64) for at in parts]
@@ -263,8 +274,16 @@ def _cross_fitted(
     return factor, shrinkage or 0.0
 
 
-def _folds(group: Tensor, seed: int) -> Tensor:
-    """Return `(P,)` the fold of each row; every group is spread over all of them."""
+def folds(group: Tensor, seed: int) -> Tensor:
+    """Spread every group over all folds.
+
+    Args:
+        group: `(P,)` group of each row or image.
+        seed: Chooses among the members of a group.
+
+    Returns:
+        `(P,)` the fold of each.
+    """
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
     order = order[group.cpu()[order].argsort(stable=True)]
     fold = torch.empty(len(group), dtype=torch.long)

@@ -49,6 +49,8 @@ class ConceptEntry:
         errors: The misclassified files that a held concept drives, or for which one that is not
             held speaks most; the page counts them.
         card: Picture of the images that show the concept best.
+        leak: The risk difference that is left of it under correction; None if it is under none.
+        readable: How well a fresh linear probe still reads it, .5 if not at all; None if unknown.
 
     Raises:
         ValueError: If the status is none of the five.
@@ -67,6 +69,8 @@ class ConceptEntry:
     images: int
     errors: tuple[ErrorRow, ...]
     card: Picture | None
+    leak: float | None = None
+    readable: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in HELD + NOT_HELD:

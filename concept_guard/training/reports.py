@@ -119,6 +119,7 @@ def _subject(leg: Leg) -> Subject:
 
 def _history(leg: Leg, rows: Rows) -> History:
     _, flags = leg.verdict()
+    last = None if leg.guard is None else leg.guard.report
     plain, guarded = rows
     made = [] if plain is None else [_without_and_with(plain, guarded)]
     made += _first_and_last(leg.rounds)
@@ -127,6 +128,8 @@ def _history(leg: Leg, rows: Rows) -> History:
         cards=leg.cards,
         comparisons=tuple(made),
         next_id=leg.next_id,
+        leak={} if last is None else last.leak,
+        readable={} if last is None else last.readable,
     )
 
 
