@@ -84,8 +84,8 @@ def calibrated(
     Returns:
         The subspace with another level.
     """
-    counts = _grouped(labels, carried, classifier.out_features)
-    weights = _table(counts, math.inf).to(rows.device)[labels, carried.long()]
+    counts = grouped(labels, carried, classifier.out_features)
+    weights = weight_table(counts, math.inf).to(rows.device)[labels, carried.long()]
     with torch.no_grad():
         weight, f = classifier.weight.to(torch.float64), subspace.filters.to(torch.float64)
         pull = subspace.signals.to(torch.float64) @ weight.T  # (R, M): logits per unit of level
@@ -156,7 +156,7 @@ class GroupCounts:
             carried: `(N,)` bool, which probe images carry it.
             num_classes: M.
         """
-        self.counts[concept] = _grouped(labels, carried, num_classes)
+        self.counts[concept] = grouped(labels, carried, num_classes)
 
     def weights(self, tracked: Sequence[Tracked], rows: Tensor, labels: Tensor) -> Tensor:
         """Count a training batch and return the weight of each of its samples.
@@ -175,12 +175,10 @@ class GroupCounts:
         """
         weight = torch.ones(len(labels), dtype=torch.float64, device=rows.device)
         for concept in tracked:
-            with torch.autocast(rows.device.type, enabled=False):
-                factor = rows @ concept.pair.filter.to(rows)
-            carried = (factor > concept.pair.threshold).any(dim=1)
+            carried = concept.read(rows).any(dim=1)
             known = self.counts[concept.concept]
-            known.mul_(MEMORY).add_(_grouped(labels, carried, len(known)))
-            table = _table(known, LARGEST_WEIGHT).to(rows.device)
+            known.mul_(MEMORY).add_(grouped(labels, carried, len(known)))
+            table = weight_table(known, LARGEST_WEIGHT).to(rows.device)
             weight *= table[labels, carried.long()]
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()
 
@@ -211,13 +209,31 @@ def obstacle(targets: Tensor | None, rows: Tensor | None, num_classes: int) -> s
     return f"targets {wrong} are outside [0, {num_classes})" if wrong else ""
 
 
-def _grouped(labels: Tensor, carried: Tensor, num_classes: int) -> Tensor:
+def grouped(labels: Tensor, carried: Tensor, num_classes: int) -> Tensor:
+    """Count samples by class and presence of a concept.
+
+    Args:
+        labels: `(N,)` classes.
+        carried: `(N,)` bool.
+        num_classes: M.
+
+    Returns:
+        `(M, 2)` float64 counts, absent and present, on the CPU.
+    """
     group = labels.cpu() * 2 + carried.long().cpu()
     return torch.bincount(group, minlength=2 * num_classes).view(-1, 2).double()
 
 
-def _table(counts: Tensor, most: float) -> Tensor:
-    """Return `(M, 2)` weights: rarer groups up to so many times the commoner one, mean 1."""
+def weight_table(counts: Tensor, most: float) -> Tensor:
+    """Return the weights of groups: rarer ones up to so many times the commoner one, mean 1.
+
+    Args:
+        counts: `(M, 2)` samples by class and presence.
+        most: The largest ratio.
+
+    Returns:
+        `(M, 2)` weights.
+    """
     ratio = counts.max(dim=1, keepdim=True).values / counts.clamp_min(1e-9)
     raw = ratio.clamp(1.0, most)
     return raw * counts.sum() / (raw * counts).sum().clamp_min(1e-9)

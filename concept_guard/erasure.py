@@ -196,4 +196,4 @@ def carriers_in(tracked: Tracked, reading: Reading) -> Tensor:
     """
     if tracked.carriers.shape == reading.rows.shape[:2]:
         return tracked.carriers
-    return reading.rows @ tracked.pair.filter.to(reading.rows) > tracked.pair.threshold
+    return tracked.read(reading.rows)

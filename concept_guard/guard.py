@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.utils.data import Sampler
 
 from concept_guard import state
 from concept_guard.acts import Acts
@@ -22,6 +23,7 @@ from concept_guard.logs import EventLog, RoundReport
 from concept_guard.probe import probe_batches
 from concept_guard.reading import check_labels, checked_pair
 from concept_guard.rebalancing import checked, descended
+from concept_guard.sampling import Samples
 from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
@@ -91,6 +93,7 @@ class ConceptGuard:
             self._corrector, self._watch, self._log, self._channel, self.config, class_names
         )
         self._explainer = Explainer(self.tap, self._probe, self.config.max_rows)
+        self._samples = Samples(self._corrector, self.config.seed)
         self._clock = Clock()
         self.steps = 0
         self._stage: Stage = "training"
@@ -111,15 +114,35 @@ class ConceptGuard:
         """Ids of the concepts under correction."""
         return tuple(t.concept for t in self._corrector.tracked)
 
-    def loss(self, loss: Tensor, targets: Tensor | None = None) -> Tensor:
+    def sampler(self, size: int, *, generator: Generator | None = None) -> Sampler[int]:
+        """Return a sampler for the training loader that rebalances in place of weighed losses.
+
+        While nothing is rebalanced it shuffles as `RandomSampler` does. Then an epoch is drawn
+        with replacement: within a class, samples of the rarer group (concept present or absent) up
+        to five times as often. What samples carry is learnt from `loss(..., indices=...)`, which
+        does not weigh them any more. A `ValueError` says what is wrong with a size.
+
+        Args:
+            size: Length of the training set.
+            generator: Draws; None for one of the guard's own, which is part of its state.
+
+        Returns:
+            The sampler, for `DataLoader(..., sampler=...)`.
+        """
+        return self._samples.sampler(size, generator)
+
+    def loss(
+        self, loss: Tensor, targets: Tensor | None = None, *, indices: Tensor | None = None
+    ) -> Tensor:
         """Turn the criterion's result into the loss to descend.
 
-        A `ValueError` says which shapes of loss and targets do not belong together.
+        A `ValueError` says which shapes of loss, targets and indices do not belong together.
 
         Args:
             loss: A scalar; or `(B,)` losses per sample (a criterion with `reduction="none"`),
                 which rebalancing can weigh.
             targets: `(B,)` classes of the batch, needed while something is corrected.
+            indices: `(B,)` positions of its samples in the training set, for the `sampler`.
 
         Returns:
             A scalar: the one given or the mean, weighed where something is rebalanced. While
@@ -127,7 +150,15 @@ class ConceptGuard:
             while nothing is corrected it is the plain one, bit for bit.
         """
         self._health.heard(checked(loss, targets))
-        return descended(loss, targets, self.tap, self._corrector, self._health)
+        return descended(
+            loss,
+            targets,
+            indices,
+            tap=self.tap,
+            corrector=self._corrector,
+            samples=self._samples,
+            health=self._health,
+        )
 
     def step(self) -> RoundReport | None:
         """Count one optimizer update; run a round or re-estimate tracked pairs when due.
@@ -279,6 +310,7 @@ class ConceptGuard:
             "decisions_read": self._channel.read,
             **self._watch.last.state_dict(),
             **self._corrector.state_dict(),
+            "samples": self._samples.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
@@ -292,6 +324,7 @@ class ConceptGuard:
         if saved is None:
             return
         state.check(saved, self._identity(), set(self.state_dict()))
+        self._samples.load_state_dict(saved["samples"])
         self._corrector.load_state_dict(saved)
         self._watch.last = LastRound.from_state(saved, self.tap.device)
         self.steps, self._round_is_due = saved["steps"], saved["round_is_due"]

@@ -1,6 +1,6 @@
 """Stage 4c: turn the criterion's result into the loss to descend.
 
-Nothing here knows how the weights of samples come about.
+Nothing here knows how the weights of samples come about, or how samples are drawn.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from concept_guard.correction import obstacle
 from concept_guard.corrector import Corrector
 from concept_guard.health import Health
+from concept_guard.sampling import Samples
 from concept_guard.taps import Tap
 
 
@@ -36,21 +37,31 @@ def checked(loss: Tensor, targets: Tensor | None) -> Tensor:
 
 
 def descended(
-    loss: Tensor, targets: Tensor | None, tap: Tap, corrector: Corrector, health: Health
+    loss: Tensor,
+    targets: Tensor | None,
+    indices: Tensor | None,
+    *,
+    tap: Tap,
+    corrector: Corrector,
+    samples: Samples,
+    health: Health,
 ) -> Tensor:
     """Return the loss that unlearns: weighed samples, and a classifier that does without.
 
     Args:
         loss: A scalar, or `(B,)` losses per sample.
         targets: `(B,)` classes, or None.
+        indices: `(B,)` positions in the training set, or None.
         tap: Holds the activations of the batch.
         corrector: Weighs samples, and knows what is projected out.
+        samples: Learns what the samples carry; while it has a sampler, losses are not weighed.
         health: Warns, once, where something cannot act.
 
     Returns:
         A scalar; bit for bit the scalar given or the plain mean while nothing is corrected.
     """
     plain = loss if loss.ndim == 0 else loss.mean()
+    at = samples.checked(indices, targets)
     if not corrector.rebalancing and not corrector.erasure.adapting:
         return plain
     rows = tap.captured
@@ -60,7 +71,9 @@ def descended(
         health.warn_once(f"{stopped} cannot act: {problem}.")
         return plain
     weights, weighed = torch.ones_like(targets, dtype=plain.dtype), plain
-    if corrector.rebalancing and loss.ndim == 0:
+    if corrector.rebalancing and samples.size is not None:
+        _show(samples, at, targets, rows, health)
+    elif corrector.rebalancing and loss.ndim == 0:
         health.warn_once(
             "rebalancing cannot act: guard.loss got a scalar; use a criterion with "
             "reduction='none'."
@@ -73,3 +86,19 @@ def descended(
         return weighed
     without = (corrector.erasure.losses_without(rows, targets) * weights).mean()
     return weighed + (without - without.detach())  # the value stays that of the criterion
+
+
+def _show(
+    samples: Samples,
+    indices: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    health: Health,
+) -> None:
+    if indices is None:
+        health.warn_once(
+            "rebalancing cannot act: the sampler cannot learn what samples carry; call "
+            "guard.loss(loss, labels, indices=...) with their positions in the training set."
+        )
+    else:
+        samples.see(indices, labels, rows)

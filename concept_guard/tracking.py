@@ -34,6 +34,18 @@ class Tracked:
     images: Tensor
     present: Tensor
 
+    def read(self, rows: Tensor) -> Tensor:
+        """Return which rows carry the concept, as its pair reads them.
+
+        Args:
+            rows: `(N, Q, C)` activations, before any correction.
+
+        Returns:
+            `(N, Q)` bool.
+        """
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ self.pair.filter.to(rows) > self.pair.threshold
+
     def moved_to(self, rows: Tensor, labels: Tensor) -> "Tracked":
         """Estimate the pair again from the current rows of the reference images.
 

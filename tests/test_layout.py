@@ -32,7 +32,7 @@ LAYERS = [
     {"explanation", "health"},
     {"logs", "state", "tail"},
     {"corrector", "last_round", "leaks"},
-    {"reporting"},
+    {"reporting", "sampling"},
     {"watch", "rebalancing"},
     {"acts"},
     {"doctor"},

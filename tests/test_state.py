@@ -122,12 +122,12 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
     [
         (
             saved_state(schema_version=99),
-            "guard state has schema_version 99, expected 4; load it with the concept_guard version",
+            "guard state has schema_version 99, expected 5; load it with the concept_guard version",
         ),
-        ({}, "guard state has schema_version None, expected 4"),
+        ({}, "guard state has schema_version None, expected 5"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
-            {"schema_version": 4, "model": MODEL},
+            {"schema_version": 5, "model": MODEL},
             "guard state lacks pairs, steps; the checkpoint is incomplete",
         ),
         (
