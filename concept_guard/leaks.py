@@ -81,10 +81,10 @@ def leaks(
             logits = logits.index_copy(0, at, instead(edit, at).to(logits))
         of_rows = labels[at].repeat_interleave(here.shape[1])
         here = leading(here.flatten(0, 1), of_rows).unflatten(0, here.shape[:2])
-        for concept, mask in zip(concepts, present, strict=True):
-            found = readability(here, labels[at], mask[at], seed=seed)
-            if found is not None:
-                readable.setdefault(concept.concept, []).append(found.auc)
+        found = readability(here, labels[at], torch.stack(present, dim=2)[at], seed=seed)
+        for concept, auc in zip(concepts, found, strict=True):
+            if auc is not None:
+                readable.setdefault(concept.concept, []).append(auc)
     differences = associate(carried, logits.argmax(dim=1), labels, logits.shape[1]).difference
     left = {t.concept: abs(float(differences[i, t.class_index])) for i, t in enumerate(concepts)}
     return Leaks(

@@ -48,10 +48,10 @@ def afresh(guard: ConceptGuard) -> tuple[float, float]:
     reading = guard.tap.read([(images, labels)], max_rows=10**6, seed=0)
     edit = guard.tap.edit
     rows = reading.rows if edit is None else edit(reading.rows)
-    read = readability(rows, labels, carried[:, None], seed=0)
+    (read,) = readability(rows, labels, carried[:, None, None], seed=0)
     assert read is not None
     found = associate(carried[:, None], reading.logits.argmax(dim=1), labels, 4)
-    return read.auc, float(found.difference[0, 0])
+    return read, float(found.difference[0, 0])
 
 
 @pytest.mark.parametrize("action", ["project", "rebalance"])
@@ -78,9 +78,10 @@ def test_the_images_that_chose_the_projection_would_deny_what_is_left() -> None:
     reading = guard.tap.read(probe.loader(), max_rows=10**6, seed=0)
     assert guard.tap.edit is not None
     own = guard.tap.edit(reading.rows)
-    denied = readability(own, probe.labels, guard._corrector.tracked[0].carriers, seed=0)
+    carriers = guard._corrector.tracked[0].carriers
+    (denied,) = readability(own, probe.labels, carriers[:, :, None], seed=0)
     assert denied is not None
-    assert denied.auc < 0.45 < report.readable[concept]
+    assert denied < 0.45 < report.readable[concept]
 
 
 def test_nothing_is_said_while_nothing_is_corrected() -> None:

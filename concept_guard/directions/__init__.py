@@ -5,7 +5,7 @@ from concept_guard.directions.fit import fit_pairs
 from concept_guard.directions.leading import leading
 from concept_guard.directions.matching import cosines, match
 from concept_guard.directions.pairs import Concept, DirectionPairs
-from concept_guard.directions.readability import Readability, readability
+from concept_guard.directions.readability import readability
 from concept_guard.directions.subspace import Subspace, joint_subspace
 from concept_guard.directions.within_class import (
     Membership,
@@ -19,7 +19,6 @@ __all__ = [
     "Concept",
     "DirectionPairs",
     "Membership",
-    "Readability",
     "Schedule",
     "Subspace",
     "WithinClassPair",

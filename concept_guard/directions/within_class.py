@@ -209,8 +209,7 @@ def refine_membership(
         if int((others & present).sum()) < 3 or int((others & ~present).sum()) < 3:
             return None
         with few_threads(rows.numel()):
-            fold = folds(labels * 2 + present.long(), seed + turn)
-            read = cross_fitted(rows, labels, present, shrinkage, fold)
+            read = _cross_fitted(rows, labels, present, shrinkage, seed + turn)
         if read is None:
             return None
         factor, shrinkage = read
@@ -232,26 +231,16 @@ def _near(scaled: Tensor, level: float) -> int:
     return int(((scaled - level).abs() < REACH).sum())
 
 
-def cross_fitted(
-    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, fold: Tensor
+def _cross_fitted(
+    rows: Tensor, labels: Tensor, present: Tensor, shrinkage: float | None, seed: int
 ) -> tuple[Tensor, float] | None:
-    """Read every row by the filter of a pair that was estimated without its fold.
+    """Return `(P,)` factors, each read by a pair that did not see its row; and the shrinkage.
 
     The products of the rows of each fold are taken once: those of all other folds are the sum of
     all less this one. The rows are centred, so that little is lost by the difference.
-
-    Args:
-        rows: `(P, C)` activations, centred.
-        labels: `(P,)` classes.
-        present: `(P,)` bool.
-        shrinkage: Shrinkage to use; None estimates it.
-        fold: `(P,)` the fold of each row, from `folds`.
-
-    Returns:
-        `(P,)` factors and the shrinkage; None when no class has rows both with and without the
-        concept outside some fold.
     """
     group = labels * 2 + present.long()
+    fold = folds(group, seed)
     groups = 2 * (int(labels.max()) + 1)
     parts = [(fold == left_out).nonzero().flatten() for left_out in range(FOLDS)]
     products = [(rows[at].T @ rows[at]).to(torch.float64) for at in parts]
