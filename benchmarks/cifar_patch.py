@@ -197,7 +197,7 @@ class Oracle:
 
 
 def run_seed(
-    seed: int, data: tuple[Tensor, Tensor, Tensor], base_epochs: int, *, overhead_only: bool
+    seed: int, data: tuple[Tensor, Tensor, Tensor], base_epochs: int
 ) -> list[dict[str, Any]]:
     """Return the table rows of one seed."""
     images, labels, split = data
@@ -211,8 +211,6 @@ def run_seed(
     torch.manual_seed(seed)
     base = timm.create_model("resnet10t", num_classes=10)
     train(base, batches(x, y, base_epochs, seed), BASE_LR)
-    if overhead_only:
-        return overhead(seed, base, probe, x, y)
 
     def measured(name: str, model: nn.Module, note: str = "") -> dict[str, Any]:
         row = {
@@ -259,52 +257,7 @@ def run_seed(
     train(model, more(), LR, after=lambda step: oracle.estimate(step + 1))
     oracle.bake()
     rows.append(measured("oracle", model))
-    rows += overhead(seed, base, probe, x, y)
     return rows
-
-
-def overhead(
-    seed: int, base: nn.Module, probe: DataLoader[Any], x: Tensor, y: Tensor, pairs: int = 20
-) -> list[dict[str, Any]]:
-    """Time 25 updates with and 25 without active projection and tracking, in turns of 5."""
-    plain, guarded = copy.deepcopy(base).train(), copy.deepcopy(base).train()
-    config = {**GUARD, "every": NEVER, "seed": seed}
-    ratios = []
-    with ConceptGuard(guarded, probe=probe, config=config) as guard:
-        guarded(x[:BATCH])
-        report = guard.round()
-        if not guard.erased and report is not None:
-            guard.erase(max(report.concepts, key=lambda c: c.presence_rate < 0.5).id)
-        optimizers = [sgd(plain, 1e-4), sgd(guarded, 1e-4)]
-        stream = batches(x, y, 20, seed)
-        for _ in range(pairs + 1):
-            spent = [0.0, 0.0]
-            for turn in range(10):  # 5 updates of either kind, 5 times each, in changing order
-                kind = (turn + turn // 2) % 2
-                if turn % 2 == 0:
-                    block = [next(stream) for _ in range(5)]
-                model, optimizer = (plain, guarded)[kind], optimizers[kind]
-                watch = guard if kind else None
-                began = time.perf_counter()
-                for images, labels in block:
-                    loss = cross_entropy(model(images), labels, reduction="none")
-                    (loss.mean() if watch is None else watch.loss(loss, labels)).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if watch is not None:
-                        watch.step()
-                spent[kind] += time.perf_counter() - began
-            ratios.append(spent[1] / spent[0] - 1)
-    ratios = ratios[1:]  # the first pair warms up
-    middle = statistics.median(ratios)
-    low, _, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"{seed} overhead of projection, rebalancing and tracking: {middle:+.1%} of the step time, "
-        f"median of {pairs} pairs of 25 updates (quartiles {low:+.1%} to {high:+.1%})",
-        flush=True,
-    )
-    row = {"seed": seed, "treatment": "overhead", "clean": "", "patched": ""}
-    return [{**row, "note": f"{middle:.4f}"}]
 
 
 def main() -> None:
@@ -313,9 +266,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10_jpg_20k10k.npz"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base-epochs", type=int, default=BASE_EPOCHS)
-    parser.add_argument(
-        "--overhead-only", action="store_true", help="measure the step time only, on idle cores"
-    )
     parser.add_argument("--csv", type=Path, default=None, help="also write all rows here")
     args = parser.parse_args()
     if not args.data.is_file():
@@ -324,16 +274,9 @@ def main() -> None:
         )
     began = time.perf_counter()
     data = read_images(args.data)
-    rows = [
-        row
-        for seed in range(args.seeds)
-        for row in run_seed(seed, data, args.base_epochs, overhead_only=args.overhead_only)
-    ]
-    if not args.overhead_only:
-        print(
-            f"\n{'treatment':18} {'clean':>15} {'patched':>15}   mean +- sd of {args.seeds} seeds"
-        )
-    names = dict.fromkeys(r["treatment"] for r in rows if r["treatment"] != "overhead")
+    rows = [row for seed in range(args.seeds) for row in run_seed(seed, data, args.base_epochs)]
+    print(f"\n{'treatment':18} {'clean':>15} {'patched':>15}   mean +- sd of {args.seeds} seeds")
+    names = dict.fromkeys(r["treatment"] for r in rows)
     for name in names:
         cells = []
         for column in ("clean", "patched"):
@@ -341,8 +284,6 @@ def main() -> None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):8.3f} +- {spread:.3f}")
         print(f"{name:18} {cells[0]:>15} {cells[1]:>15}")
-    shares = [float(r["note"]) for r in rows if r["treatment"] == "overhead"]
-    print(f"overhead, median of seeds: {statistics.median(shares):+.1%} of the step time")
     print(
         f"{time.perf_counter() - began:.0f} s, torch {torch.__version__}, timm {timm.__version__}"
     )

@@ -48,9 +48,13 @@ def leaks(
     the probe that reads the concept is fitted and tested as well, on different images.
 
     Departure: on the images from which it was estimated a projection leaves nothing, whatever it
-    leaves elsewhere. Of seven colours of digits erased together, a fresh probe had an AUC of .13
-    to .24 on these images, .62 to .99 on a thousand others with known colours (mean .73), and .62
-    to .82 (mean .74) on two thirds of the probe when the projection was estimated from the rest.
+    leaves elsewhere. In the ten rounds of a network that learns digits with 1 % conflicting
+    colours, the colours that were erased had an AUC of .67 by this measure, of .74 on a thousand
+    other images with known colours, and below .3 on the images of the estimate; risk differences
+    of .06 by this measure and of .08 on the other images (means, one seed). To append what such a
+    probe reads to the subspace helps nobody: .66 of the test images were right where both the
+    probe and the predictions had to show the concept on held-out images, .67 where the probe had
+    to, .70 without; on CIFAR-10 with a patch nothing was appended, or nothing gained.
 
     Args:
         concepts: Those under correction.
