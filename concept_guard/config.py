@@ -17,7 +17,7 @@ from concept_guard.strict import StrictModel, read_yaml, validated
 
 __all__ = ["GuardConfig", "read_yaml", "validated"]
 
-_ACTIONS = ("project", "rebalance")
+_ACTIONS = ("project", "rebalance", "refit")
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _TAP = re.compile(r"(pre_logits|stage:-?\d+|module:[^@\s]+)(@(NCHW|NHWC|NLC))?")
 
@@ -91,7 +91,8 @@ class GuardConfig(StrictModel):
         start: Updates before the first round, or epochs such as `1ep`.
         every: Updates between rounds, or epochs.
         track_every: Updates between re-estimations of the tracked pairs, or epochs.
-        action: What is done about a flagged concept; empty means observe only.
+        action: What is done about a flagged concept: `project` it out, `rebalance` the samples;
+            and whether baking may `refit` the classifier to the probe. Empty means observe only.
         max_erased: Concepts that may be erased at the same time.
         alpha: False-discovery level of the flags; smaller flags less.
         approve: `auto` corrects what is flagged, `manual` waits for `guard.approve`

@@ -239,15 +239,15 @@ def weight_table(counts: Tensor, most: float) -> Tensor:
     return raw * counts.sum() / (raw * counts).sum().clamp_min(1e-9)
 
 
-def bake_into(classifier: nn.Linear | None, edit: Projection, tap: str) -> None:
-    """Fold a projection into the linear map behind it, exactly.
-
-    With `x' = x - (x W' - r) M`, the map `A x' + a` becomes `(A - A M' W) x + a + A M' r`.
+def check_bakeable(classifier: nn.Linear | None, tap: str) -> nn.Linear:
+    """Return the classifier, if a projection in front of it can be folded into it exactly.
 
     Args:
-        classifier: The map behind the tap, changed in place; its parameters stay the same objects.
-        edit: The projection in front of it.
+        classifier: The map behind the tap.
         tap: Where the projection acts, for the message.
+
+    Returns:
+        The classifier.
 
     Raises:
         BakeError: If no plain linear map with a bias follows the tap.
@@ -259,6 +259,18 @@ def bake_into(classifier: nn.Linear | None, edit: Projection, tap: str) -> None:
             "cannot be folded in exactly. Use tap: pre_logits on a model with a plain linear "
             "head, or keep the guard attached when predicting."
         )
+    return classifier
+
+
+def bake_into(classifier: nn.Linear, edit: Projection) -> None:
+    """Fold a projection into the linear map behind it, exactly.
+
+    With `x' = x - (x W' - r) M`, the map `A x' + a` becomes `(A - A M' W) x + a + A M' r`.
+
+    Args:
+        classifier: A map with a bias, changed in place; its parameters stay the same objects.
+        edit: The projection in front of it.
+    """
     with torch.no_grad():
         a = classifier.weight.to(torch.float64)
         pull = a @ edit.moves.to(a).T  # (M, K): how the logits move per unit of each factor

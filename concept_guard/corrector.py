@@ -208,13 +208,17 @@ class Corrector:
             moved.append(tracked.moved_to(reading.rows[at], reading.labels[at]))
         self.tracked = tuple(moved)
 
-    def bake(self) -> None:
-        """Fold the projection into the linear map behind the tap and stop correcting.
+    def bake(self) -> str:
+        """Fit the classifier again, fold the projection into it and stop correcting.
 
-        Where that cannot be exact, a `BakeError` says why and nothing is changed.
+        Where folding cannot be exact, a `BakeError` says why and nothing is changed.
+
+        Returns:
+            What was done about the classifier, as a clause; empty if nothing was to be done.
         """
-        self.erasure.bake()
+        done = self.erasure.bake(self.tracked)
         self._change_to((), None)
+        return done
 
     def close(self) -> None:
         """Let go of reference images and tracked concepts."""

@@ -10,15 +10,20 @@ from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.correction import (
+    LARGEST_WEIGHT,
     Projection,
     bake_into,
     calibrated,
+    check_bakeable,
+    grouped,
     losses_without,
     projection,
+    weight_table,
 )
 from concept_guard.directions import Subspace, joint_subspace
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
+from concept_guard.refit import refit
 from concept_guard.taps import Tap
 from concept_guard.tracking import Tracked
 
@@ -149,16 +154,52 @@ class Erasure:
         rows, labels = reading.rows[:, 0], reading.labels
         return calibrated(subspace, rows, labels, carried, classifier)
 
-    def bake(self) -> None:
-        """Fold the projection into the linear map behind the tap.
+    def bake(self, concepts: Sequence[Tracked]) -> str:
+        """Fit the linear map behind the tap again and fold the projection into it.
 
-        Copies of the model, whose maps it is not folded into, keep the edit in their hooks.
-        Where that cannot be exact, a `BakeError` says why and nothing is changed.
+        Copies of the model, whose maps are not touched, keep the projection in their hooks.
+        Where folding cannot be exact, a `BakeError` says why and nothing is changed.
+
+        Args:
+            concepts: Those under correction.
+
+        Returns:
+            What was done about the map, as a clause; empty if `refit` is not among the actions.
         """
-        edit = self._tap.edit
-        if isinstance(edit, Projection):
-            bake_into(self._tap.classifier, edit, self._config.tap)
-            self._tap.leave_edit_to_copies()
+        edit, done = self._tap.edit, ""
+        if not isinstance(edit, Projection):
+            return self._refit(concepts, None) if "refit" in self._config.action else done
+        classifier = check_bakeable(self._tap.classifier, self._config.tap)
+        if "refit" in self._config.action:
+            done = self._refit(concepts, edit)
+        bake_into(classifier, edit)
+        self._tap.leave_edit_to_copies()
+        return done
+
+    def _refit(self, concepts: Sequence[Tracked], edit: Projection | None) -> str:
+        """Return what became of the attempt to fit the classifier to the probe."""
+        classifier = self._tap.classifier
+        if classifier is None or classifier.bias is None:
+            return "classifier not refitted: no plain linear map with a bias follows the tap"
+        try:
+            reading = self._read()
+        except ValueError as error:
+            return f"classifier not refitted: {error}"
+        rows, labels = reading.rows, reading.labels
+        weights = torch.ones(len(labels), dtype=torch.float64)
+        if concepts:
+            present = [carriers_in(t, reading).any(dim=1).cpu() for t in concepts]
+            carried = torch.stack(present).any(dim=0)
+            counts = grouped(labels, carried, classifier.out_features)
+            weights = weight_table(counts, LARGEST_WEIGHT)[labels.cpu(), carried.long()]
+        rows = (rows if edit is None else edit(rows))[:, 0]
+        found = refit(rows, labels, weights.to(rows.device), classifier, seed=self._config.seed)
+        if not found.supported:
+            return f"classifier not refitted: {found}"
+        with torch.no_grad():
+            classifier.weight.copy_(found.weight)
+            classifier.bias.copy_(found.bias)
+        return f"classifier refitted to the probe: {found}"
 
     def _read(self) -> Reading:
         """Return a reading of the whole probe as the network is now.

@@ -49,6 +49,7 @@ class ConceptGuard:
         config: The settings.
         tap: Where activations are read and corrected.
         steps: Optimizer updates so far.
+        baked: What `bake` did about the classifier, in words.
 
     Raises:
         ConfigError: If the configuration is wrong.
@@ -95,7 +96,7 @@ class ConceptGuard:
         self._explainer = Explainer(self.tap, self._probe, self.config.max_rows)
         self._samples = Samples(self._corrector, self.config.seed)
         self._clock = Clock()
-        self.steps = 0
+        self.steps, self.baked = 0, ""
         self._stage: Stage = "training"
         self._round_is_due = self._resumed = self._closed = False
 
@@ -263,12 +264,14 @@ class ConceptGuard:
         return self._explainer.explain(images, labels, pairs, ids, maps=maps)
 
     def bake(self) -> None:
-        """Fold the projection into the model's own weights; nothing is corrected afterwards.
+        """Fold the correction into the model's own weights; nothing is corrected afterwards.
 
         What was decided on the command line since the last round is carried out first, and what
-        is projected out is estimated once more if the network was trained since. With that, the
-        logits stay the same to rounding in eval mode. Without a projection nothing changes. Where
-        no plain linear map follows the tap, a `BakeError` leaves the model as it is.
+        is projected out is estimated once more if the network was trained since. With `refit`
+        among the actions the classifier is then fitted again to the probe, as far as images of it
+        that were left out support that: score the model on other images. Without, the logits stay
+        the same to rounding in eval mode. Where no plain linear map follows the tap, nothing is
+        refitted, and a `BakeError` leaves a model as it is whose projection cannot be folded in.
 
         Raises:
             BakeError: If the guard is closed.
@@ -278,8 +281,8 @@ class ConceptGuard:
         self._acts.heed(self.steps)
         self._corrector.erasure.settle(self._corrector.tracked)
         self._tell("finished")
-        self._corrector.bake()
-        self._log.act(self.steps, "bake")
+        self.baked = self._corrector.bake() or "nothing to refit"
+        self._log.act(self.steps, f"bake: {self.baked}")
 
     def close(self) -> None:
         """Take everything off the model; calling it again does nothing."""

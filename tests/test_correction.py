@@ -9,7 +9,13 @@ import torch
 from planted import MarkedWorld, marked_world, normal, overlapping_pairs
 from torch import Tensor, nn
 
-from concept_guard.correction import GroupCounts, Projection, bake_into, projection
+from concept_guard.correction import (
+    GroupCounts,
+    Projection,
+    bake_into,
+    check_bakeable,
+    projection,
+)
 from concept_guard.directions import Subspace, WithinClassPair, within_class_pair
 from concept_guard.errors import BakeError
 from concept_guard.influence import erase, steps
@@ -87,7 +93,7 @@ def test_a_baked_classifier_gives_the_logits_of_the_projected_rows(
     with torch.no_grad():
         expected, plain = head(edit(rows).to(dtype)), head(rows.to(dtype))
         weight, bias, version = head.weight, head.bias, head.weight.detach().clone()
-        bake_into(head, edit, "pre_logits")
+        bake_into(head, edit)
         baked = head(rows.to(dtype))
     # Sums of 8 products; projecting enlarges rows of size 10 by up to the moves times the filters.
     size = 10 * (1 + float(edit.moves.norm() * edit.filters.norm()))
@@ -105,7 +111,7 @@ def test_a_baked_classifier_gives_the_logits_of_the_projected_rows(
     [(None, "no plain linear map"), (nn.Linear(8, 4, bias=False), "a classifier without bias")],
 )
 def test_what_cannot_be_baked_exactly_is_refused_and_left_alone(
-    rng: torch.Generator, head: nn.Linear | None, found: str
+    head: nn.Linear | None, found: str
 ) -> None:
     before = None if head is None else head.weight.detach().clone()
     with pytest.raises(
@@ -113,8 +119,10 @@ def test_what_cannot_be_baked_exactly_is_refused_and_left_alone(
         match=f"tap 'layer4' is followed by {found}, expected a Linear with bias; .*"
         "Use tap: pre_logits .* or keep the guard attached",
     ):
-        bake_into(head, projected(several(rng)), "layer4")
+        check_bakeable(head, "layer4")
     assert head is None or torch.equal(head.weight, before)
+    usable = nn.Linear(8, 4)
+    assert check_bakeable(usable, "layer4") is usable  # control
 
 
 def of_the_mark(world: MarkedWorld, concept: int = 3) -> Tracked:

@@ -20,6 +20,7 @@ from worlds import (
     correcting,
     fallen,
     flagging,
+    held_out,
     logits,
     net,
     stream,
@@ -30,7 +31,23 @@ from worlds import (
 
 from concept_guard import BakeError, ConceptGuard
 
+KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def without_bias() -> nn.Module:
+    """Return a network whose head has no bias to hold the reference level."""
+    model = fallen()
+    model.fc = nn.Linear(model.num_features, CLASSES, bias=False)
+    return model
+
+
+def infinite() -> nn.Module:
+    """Return a network whose activations are not finite."""
+    model = fallen()
+    with torch.no_grad():
+        model.layer4[0].bn1.weight.fill_(float("inf"))
+    return model
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -39,7 +56,7 @@ def test_a_baked_checkpoint_is_an_ordinary_one_with_the_logits_of_the_hooked_mod
 ) -> None:
     model = fallen()
     plain = logits(model)
-    guard = flagging(model, strength=strength)
+    guard = flagging(model, strength=strength, action=KEPT)
     guard.erase([the_flagged(guard), 0, 1])  # several at once
     train(model, stream(UPDATES + 2, first=UPDATES), guard)
     guard.round()  # the projection is that of the network as it is now
@@ -58,13 +75,63 @@ def test_a_baked_checkpoint_is_an_ordinary_one_with_the_logits_of_the_hooked_mod
 
 def test_baking_without_a_correction_changes_no_bit(untouched: Untouched) -> None:
     model = fallen()
-    guard = flagging(model)
-    with untouched(model):
-        guard.bake()
+    for action in (KEPT, "observe"):
+        guard = flagging(model, action=action)
+        with untouched(model):
+            guard.bake()
+        assert guard.baked == "nothing to refit"
     rebalanced = correcting(model, action="rebalance")
     with untouched(model):
         rebalanced.bake()
     assert rebalanced.erased == ()
+
+
+def test_baking_fits_the_classifier_to_the_probe_and_nothing_else(untouched: Untouched) -> None:
+    model = fallen()
+    clean, marked = held_out(model)
+    guard = flagging(model, action="refit")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    head = model.get_classifier()
+    weight = head.weight
+    guard.bake()
+    assert guard.baked.startswith("classifier refitted to the probe: +")
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert head.weight is weight
+    now_clean, now_marked = held_out(model)
+    assert now_marked > marked + 0.1  # a tenth of the other classes' probe images are marked
+    assert now_clean > clean - 0.02
+    with untouched(model):
+        guard.bake()
+    assert guard.baked.startswith("classifier not refitted: ")  # it is now as the probe wants it
+
+
+def test_a_refit_goes_on_top_of_the_projection() -> None:
+    models = [fallen(), fallen()]
+    for model, action in zip(models, (KEPT, [*KEPT, "refit"]), strict=True):
+        guard = correcting(model, action=action)
+        guard.bake()
+        guard.close()
+    projected, refitted = map(held_out, models)
+    assert refitted[0] + refitted[1] > projected[0] + projected[1]
+
+
+@pytest.mark.parametrize(
+    ("build", "tap", "reason"),
+    [
+        (fallen, "stage:-1", "no plain linear map with a bias follows the tap"),
+        (without_bias, "pre_logits", "no plain linear map with a bias follows the tap"),
+        (infinite, "pre_logits", "activations at tap 'pre_logits' hold NaN or infinite values"),
+    ],
+)
+def test_what_cannot_be_refitted_is_said_and_left_alone(
+    untouched: Untouched, build: Callable[[], nn.Module], tap: str, reason: str
+) -> None:
+    model = build()
+    guard = ConceptGuard(model, probe=world(PROBE, 120).loader(), config={"tap": tap})
+    with untouched(model):
+        guard.bake()
+    assert guard.baked.startswith(f"classifier not refitted: {reason}")
 
 
 def erased_at(model: nn.Module, tap: str) -> ConceptGuard:
@@ -78,13 +145,6 @@ def erased_at(model: nn.Module, tap: str) -> ConceptGuard:
             guard.erase(concept.id)
     assert guard.erased
     return guard
-
-
-def without_bias() -> nn.Module:
-    """Return a network whose head has no bias to hold the reference level."""
-    model = fallen()
-    model.fc = nn.Linear(model.num_features, CLASSES, bias=False)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -131,7 +191,7 @@ def test_a_copy_keeps_the_correction_and_never_writes_into_the_guard() -> None:
 
 def test_baking_leaves_the_correction_to_copies_whose_head_it_does_not_touch() -> None:
     model = fallen()
-    guard = correcting(model)
+    guard = correcting(model, action=KEPT)
     ema = ModelEmaV3(model, decay=0.5)
     corrected = logits(model)
     guard.bake()

@@ -23,7 +23,7 @@ LAYERS = [
     {"directions"},
     {"influence", "association", "changes"},
     {"flags"},
-    {"tracking"},
+    {"tracking", "refit", "benefit"},
     {"correction"},
     {"erasure"},
     {"trial"},

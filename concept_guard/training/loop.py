@@ -68,7 +68,8 @@ class Leg:
         self.name = "with guard" if guarded else "without guard"
         self.updates_per_epoch = updates_per_epoch(splits.sizes["train"], recipe.batch_size)
         self.total = self.updates_per_epoch * recipe.epochs
-        self.updates, self.finished, self.not_baked = 0, False, ""
+        self.updates, self.finished = 0, False
+        self.baked = self.not_baked = ""
         self.history: list[dict[str, float]] = []
         self.rounds: list[Round] = []
         self.cards: Cards = {}
@@ -108,6 +109,7 @@ class Leg:
         if self.guard is not None and not own["finished"]:
             self.guard.load_state_dict(own["guard"])
         self.updates, self.finished = own["updates"], own["finished"]
+        self.baked = own.get("baked", "")
         self.history = list(own["history"])
         self.rounds = [Round(**row) for row in own.get("rounds", ())]
         self._losses.fill_(own["losses"])
@@ -119,6 +121,7 @@ class Leg:
             "schema_version": SCHEMA_VERSION,
             "updates": self.updates,
             "finished": self.finished,
+            "baked": self.baked,
             "history": self.history,
             "rounds": [asdict(row) for row in self.rounds],
             "losses": float(self._losses),
@@ -224,6 +227,7 @@ class Leg:
         if self.guard is not None:
             try:
                 self.guard.bake()
+                self.baked = self.guard.baked
             except BakeError as error:
                 self.not_baked = str(error)
             self._guard_state = self.guard.state_dict()

@@ -60,6 +60,8 @@ def report_text(leg: Leg, size: int, rows: Rows, identical: bool | None) -> str:
     lines += ["", table(*rows), "", causes(flags, splits.classes, splits.sizes["probe"], verdict)]
     if identical is not None:
         lines.append(f"both runs end with {'identical' if identical else 'different'} weights")
+    if leg.baked:
+        lines.append(f"at the end, {leg.baked}")
     if leg.not_baked:
         lines.append(f"not baked, the saved weights need the guard: {leg.not_baked}")
     missing = unreadable(splits)

@@ -1,0 +1,190 @@
+"""Stage 4e: the classifier, fitted again to held-out images as far as these support it.
+
+Nothing here knows what is projected out of the rows, or when a classifier is fitted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from concept_guard.directions.threads import few_threads
+from concept_guard.directions.within_class import FOLDS, folds, shrinkage_of
+
+STIFFNESS = tuple(10.0**k for k in range(5, -3, -1))  # of the prior, stiff ones first
+MOST_AXES = 256  # principal ones of the rows, in which the classifier may change
+CERTAIN = 3.0  # standard errors by which held-out images must speak for the change
+TURNS = 40  # of L-BFGS, for each stiffness
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """A linear classifier that held-out images prefer to the one there was.
+
+    Attributes:
+        weight: `(M, C)`.
+        bias: `(M,)`.
+        gain: Log likelihood per image that is gained on images that were not fitted, in nats,
+            over the classifier there was with the best scale and bias.
+        error: Its standard error.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    gain: float
+    error: float
+
+    @property
+    def supported(self) -> bool:
+        """Whether held-out images clearly speak for the change."""
+        return self.gain > CERTAIN * self.error
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.3f} nats per held-out image (standard error {self.error:.3f})"
+
+
+def refit(
+    rows: Tensor, labels: Tensor, weights: Tensor, classifier: nn.Linear, *, seed: int
+) -> Refit:
+    """Fit a classifier to held-out images, starting from the one there is.
+
+    A logistic regression whose prior is the classifier there is, up to its scale. How stiff the
+    prior is, and whether a step counts in units of the rows or of their scatter within classes, is
+    chosen by cross-validated likelihood; so a classifier that needs no change hardly gets one.
+
+    Source: Kirichenko et al. (2023), arXiv 2204.02937, section 4 (the last layer is fitted again,
+    to held-out images whose groups are known); Qiu et al. (2023), arXiv 2306.11074, section 3 (a
+    pull towards the classifier there was).
+    Departure: no group is known here.
+
+    Args:
+        rows: `(N, C)` activations of held-out images, as the classifier gets them.
+        labels: `(N,)` classes.
+        weights: `(N,)` how much each image counts, mean 1.
+        classifier: The linear map behind the rows; it is not changed.
+        seed: Chooses the folds.
+
+    Returns:
+        The classifier and the evidence for it.
+    """
+    with few_threads(rows.numel()), torch.enable_grad():
+        return _refit(rows.detach(), labels, weights.to(rows.dtype), classifier, seed)
+
+
+def _refit(
+    rows: Tensor, labels: Tensor, weights: Tensor, classifier: nn.Linear, seed: int
+) -> Refit:
+    weight, bias = classifier.weight.detach(), classifier.bias
+    start = functional.linear(rows, weight, None if bias is None else bias.detach())
+    centre, axes = rows.mean(dim=0), _principal(rows)
+    fold = folds(labels, seed)
+    data = start, labels, weights
+    plain = next(_held_out(rows[:, :0], *data, fold))[0]
+    tried: list[tuple[Tensor, float, Tensor]] = []
+    for steps in (_in_rows(rows @ axes), _in_classes(rows @ axes, labels)):
+        basis = axes @ steps
+        for losses, stiffness in _held_out((rows - centre) @ basis, *data, fold):
+            worse = tried and tried[-1][2] is basis and losses.mean() > tried[-1][0].mean()
+            tried.append((losses, stiffness, basis))
+            if worse:
+                break
+    losses, stiffness, basis = min(tried, key=lambda t: float(t[0].mean()))
+    features = (rows - centre) @ basis
+    change = _fitted(features, *data, stiffness, None)
+    gain = plain - losses
+    turn, level, scale = change.turn @ basis.T, change.level, change.scale.exp()
+    old = torch.zeros_like(level) if bias is None else bias.detach()
+    return Refit(
+        weight=scale * weight + turn,
+        bias=scale * old + level - turn @ centre,
+        gain=float(gain.mean()),
+        error=float(gain.std()) / len(gain) ** 0.5,
+    )
+
+
+def _principal(rows: Tensor) -> Tensor:
+    """Return `(C, A)` principal axes in which rows vary."""
+    centred = rows - rows.mean(dim=0)
+    covariance = (centred.T @ centred).to(torch.float64)
+    sizes, axes = torch.linalg.eigh(covariance)
+    kept = (sizes > 1e-9 * sizes[-1]).nonzero().flatten()[-MOST_AXES:]
+    leading: Tensor = axes[:, kept].to(rows.dtype)
+    return leading
+
+
+def _in_rows(rows: Tensor) -> Tensor:
+    """Return a step of one for the mean standard deviation of the rows in all directions alike."""
+    return torch.eye(rows.shape[1]).to(rows) / rows.var(dim=0).mean().sqrt().clamp_min(1e-12)
+
+
+def _in_classes(rows: Tensor, labels: Tensor) -> Tensor:
+    """Return steps in units of the scatter within classes, `(A, A)`."""
+    centred = rows.clone()
+    for k in labels.unique():
+        centred[labels == k] -= rows[labels == k].mean(dim=0)
+    covariance = (centred.T @ centred / len(rows)).to(torch.float64)
+    level = covariance.diagonal().mean().clamp_min(1e-12)
+    shrunk = shrinkage_of(centred, covariance)
+    covariance = (1 - shrunk) * covariance
+    covariance.diagonal().add_(max(shrunk, 1e-6) * level)
+    root = torch.linalg.cholesky(covariance)
+    steps: Tensor = torch.linalg.inv(root).T.to(rows.dtype)
+    return steps
+
+
+@dataclass
+class _Change:
+    """Of a classifier: logits become `exp(scale) * logits + features turn' + level`."""
+
+    turn: Tensor
+    level: Tensor
+    scale: Tensor
+
+    def applied(self, features: Tensor, logits: Tensor) -> Tensor:
+        return self.scale.exp() * logits + features @ self.turn.T + self.level
+
+
+def _held_out(
+    features: Tensor, start: Tensor, labels: Tensor, weights: Tensor, fold: Tensor
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield `(N,)` weighed losses, each of an image that was not fitted, from stiff to loose."""
+    changes: list[_Change | None] = [None] * FOLDS
+    for stiffness in STIFFNESS:
+        losses = torch.empty_like(weights)
+        for k in range(FOLDS):
+            there, here = fold != k, fold == k
+            change = _fitted(
+                features[there], start[there], labels[there], weights[there], stiffness, changes[k]
+            )
+            logits = change.applied(features[here], start[here])
+            entropy = functional.cross_entropy(logits, labels[here], reduction="none")
+            losses[here], changes[k] = weights[here] * entropy, change
+        yield losses, stiffness
+
+
+def _fitted(
+    features: Tensor,
+    start: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    stiffness: float,
+    near: _Change | None,
+) -> _Change:
+    """Return the change of the highest likelihood under a prior, found from a near one."""
+    none, classes = start.new_zeros, start.shape[1]
+    near = near or _Change(none(classes, features.shape[1]), none(classes), none(()))
+    change = _Change(*(t.clone().requires_grad_() for t in (near.turn, near.level, near.scale)))
+    parameters = [change.turn, change.level, change.scale]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=TURNS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        losses = functional.cross_entropy(change.applied(features, start), labels, reduction="none")
+        value = (weights * losses).sum() + 0.5 * stiffness * change.turn.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return _Change(*(t.detach() for t in parameters))
