@@ -1,15 +1,18 @@
-"""Stage 4b: whether a correction helps the images that it is meant for.
+"""Stage 4b: whether a correction helps the images that it is meant for, and when it is withdrawn.
 
 Nothing here knows what the correction is; it is given which predictions are right.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SMALLEST_GROUP = 5  # images; fewer say nothing
-CLEARLY = 2.0  # standard errors by which a correction must be at fault
+CLEARLY = 2.0  # standard errors by which a correction does harm
+PATIENCE = 2  # rounds in a row in which it does not help
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Benefit:
         return self.gain < -CLEARLY * self.error
 
     def __str__(self) -> str:
-        return f"{self.gain:+.3f} (standard error {self.error:.3f}) over {self.groups} groups"
+        return f"{self.gain:+.3f} (standard error {self.error:.3f}, {self.groups} groups)"
 
 
 def benefit(before: Tensor, after: Tensor, labels: Tensor, carried: Tensor) -> Benefit:
@@ -77,19 +80,74 @@ def groups(labels: Tensor, carried: Tensor) -> Tensor:
     return labels * 2 + carried.to(labels)
 
 
-def half(labels: Tensor, carried: Tensor, seed: int) -> Tensor:
-    """Choose every other image of each group, so that two halves have the same groups.
+class Trials:
+    """Corrections on trial: what was right before them, and for how long they have not helped.
 
-    Args:
-        labels: `(N,)` classes.
-        carried: `(N,)` bool.
-        seed: Of the order within groups.
-
-    Returns:
-        `(N,)` bool on the CPU.
+    Attributes:
+        right: Concept id to `(N,)` bool, which probe images were right when its correction began.
+        idle: Concept id to the number of rounds in a row in which its groups were worse off.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    ranked = groups(labels, carried).cpu()[order].sort(stable=True).indices
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[order[ranked[::2]]] = True
-    return chosen
+
+    def __init__(self) -> None:
+        self.right: dict[int, Tensor] = {}
+        self.idle: dict[int, int] = {}
+
+    def begin(self, concept: int, right: Tensor) -> None:
+        """Put a correction on trial.
+
+        Args:
+            concept: Id of the concept.
+            right: `(N,)` bool, which probe images are right without it.
+        """
+        self.right[concept], self.idle[concept] = right.cpu(), 0
+
+    def end(self, concept: int) -> None:
+        """Forget a correction, or exempt it because a person wants it.
+
+        Args:
+            concept: Id of the concept; nothing happens if it is not on trial.
+        """
+        self.right.pop(concept, None)
+        self.idle.pop(concept, None)
+
+    def verdicts(
+        self, carried: Mapping[int, Tensor], without: Tensor | None, now: Tensor, labels: Tensor
+    ) -> dict[int, str]:
+        """Return which corrections do not help, after another round.
+
+        Args:
+            carried: Concept id to `(N,)` bool, which images carry it.
+            without: `(N,)` bool, which images are right without the corrections; None where only
+                training could show that, and what was right in the beginning is taken.
+            now: `(N,)` bool, which are right with them.
+            labels: `(N,)` classes.
+
+        Returns:
+            Concept id to the reason why its correction is to be withdrawn.
+        """
+        reasons = {}
+        for concept, presence in carried.items():
+            before = self.right.get(concept) if without is None else without
+            if concept not in self.right or before is None or len(before) != len(now):
+                continue
+            found = benefit(before.to(now.device), now, labels, presence.to(now.device))
+            self.idle[concept] = self.idle[concept] + 1 if found.gain < 0 else 0
+            if found.harms or self.idle[concept] >= PATIENCE:
+                reasons[concept] = (
+                    f"concept {concept} is not corrected any more: the accuracy of its groups "
+                    f"changes by {found}"
+                )
+        return reasons
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain data."""
+        return {"right": {i: r.clone() for i, r in self.right.items()}, "idle": dict(self.idle)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            saved: Result of `state_dict`.
+        """
+        self.right = {i: r.clone() for i, r in saved["right"].items()}
+        self.idle = dict(saved["idle"])

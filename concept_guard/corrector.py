@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from concept_guard import state
+from concept_guard.benefit import Trials
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts
 from concept_guard.directions import DirectionPairs
-from concept_guard.erasure import Erasure
+from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.flags import Candidate, Flag
 from concept_guard.influence import Tail
 from concept_guard.probe import Batches, images_at
@@ -50,6 +51,7 @@ class Corrector:
         self.approved: set[int] = set()
         self.erasure = Erasure(tap, probe, config)
         self._counts = GroupCounts()
+        self._trials = Trials()
         self._reference: tuple[Tensor, Tensor, Tensor] | None = None  # indices, images, labels
 
     @property
@@ -118,7 +120,32 @@ class Corrector:
         room = max(0, self._config.max_erased - len(self.tracked)) if self._config.action else 0
         self._set([*found.tracked, *map(_begun, list(new.values())[:room])], reading)
         self.flags |= {i: c.flag for i, c in list(new.items())[:room]}
+        for i in list(new)[:room]:
+            self._trials.begin(i, reading.logits.argmax(dim=1) == reading.labels)
         return if_erased
+
+    def withdraw(self, without: Tensor | None, now: Tensor | None, reading: Reading) -> list[str]:
+        """Stop correcting concepts whose groups are no better off for it, and veto them.
+
+        What a person erased stays.
+
+        Args:
+            without: `(N,)` bool, which probe images are right without the projection; None
+                without one.
+            now: `(N,)` bool, which are right with it; None without concepts.
+            reading: The reading of the probe.
+
+        Returns:
+            A sentence for each of them.
+        """
+        if now is None:
+            return []
+        carried = {t.concept: carriers_in(t, reading).any(dim=1) for t in self.tracked}
+        reasons = self._trials.verdicts(carried, without, now, reading.labels)
+        if reasons:
+            self._change_to([t for t in self.tracked if t.concept not in reasons], reading)
+            self.vetoed |= set(reasons)
+        return list(reasons.values())
 
     def erase(
         self, ids: Iterable[int], known: Sequence[int], pairs: DirectionPairs, reading: Reading
@@ -151,6 +178,8 @@ class Corrector:
         if twins:
             raise ValueError(f"cannot be erased together: {'; '.join(twins)}. Erase one of them.")
         self.add(chosen, reading)
+        for i in ids:
+            self._trials.end(i)
         self.vetoed -= set(ids)
 
     def add(self, candidates: Iterable[Candidate], reading: Reading) -> None:
@@ -237,6 +266,7 @@ class Corrector:
             "approved": sorted(self.approved),
             "subspace": state.from_subspace(self.erasure.subspace),
             "counts": {i: counts.clone() for i, counts in self._counts.counts.items()},
+            "trials": self._trials.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -249,6 +279,7 @@ class Corrector:
         self.flags = {i: Flag(**flag) for i, flag in saved["flags"].items()}
         self.vetoed, self.approved = set(saved["vetoed"]), set(saved["approved"])
         self._counts.counts = {i: counts.clone() for i, counts in saved["counts"].items()}
+        self._trials.load_state_dict(saved["trials"])
         self.erasure.put_back(state.to_subspace(saved["subspace"], self._tap.device))
         self._reference = None
         self._listen()
@@ -277,6 +308,8 @@ class Corrector:
 
     def _listen(self) -> None:
         """Have the activations of training batches kept while something needs them."""
+        for concept in self._trials.right.keys() - {t.concept for t in self.tracked}:
+            self._trials.end(concept)
         self._tap.listening = self.rebalancing or self.erasure.adapting
 
     def _reference_set(self) -> tuple[Tensor, Tensor, Tensor]:

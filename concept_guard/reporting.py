@@ -34,6 +34,7 @@ def report(
     if_erased: Tensor | None,
     left: Leaks,
     *,
+    withdrawn: Sequence[str] = (),
     step: int,
     alpha: float,
     seconds: float,
@@ -47,6 +48,7 @@ def report(
         corrector: After it acted.
         if_erased: `(N, M)` logits with everything new erased, or None.
         left: What is left of the concepts under correction.
+        withdrawn: Sentences on the corrections that are withdrawn, because they do not help.
         step: Optimizer updates so far.
         alpha: False-discovery level.
         seconds: Duration of the round.
@@ -95,7 +97,7 @@ def report(
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
-        notes=(*found.pairs.notes, *left.returned),
+        notes=(*found.pairs.notes, *left.returned, *withdrawn),
         seen_from=seen.least,
         likely_seen_from=seen.likely,
     )

@@ -87,12 +87,14 @@ class Watch:
         )
         if_erased = self._corrector.act_on(found, reading)
         left = self._left(found, reading)
+        withdrawn = self._corrector.withdraw(left.without, left.now, reading)
         report = reporting.report(
             reading,
             found,
             self._corrector,
             if_erased,
             left,
+            withdrawn=withdrawn,
             step=step,
             alpha=self._config.alpha,
             seconds=time.perf_counter() - began,

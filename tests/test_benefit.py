@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from concept_guard.benefit import benefit, groups, half
+from concept_guard.benefit import Trials, benefit
 
 
 def test_the_gain_is_the_mean_of_the_groups_changes() -> None:
@@ -51,17 +51,6 @@ def test_groups_of_fewer_than_five_images_say_nothing() -> None:
     assert (nothing.groups, nothing.gain, nothing.error, nothing.harms) == (0, 0.0, 0.0, False)
 
 
-def test_halves_have_the_same_groups(rng: torch.Generator) -> None:
-    labels = torch.randint(0, 5, (501,), generator=rng)
-    carried = torch.rand(501, generator=rng) < 0.1
-    first = half(labels, carried, seed=3)
-    group = groups(labels, carried)
-    for g in group.unique():
-        assert abs(int(first[group == g].sum()) - int((~first)[group == g].sum())) <= 1
-    assert torch.equal(first, half(labels, carried, seed=3))
-    assert not torch.equal(first, half(labels, carried, seed=4))
-
-
 def test_what_is_said_of_it() -> None:
     assert (
         str(
@@ -72,5 +61,64 @@ def test_what_is_said_of_it() -> None:
                 torch.zeros(5).bool(),
             )
         )
-        == "+1.000 (standard error 0.000) over 1 groups"
+        == "+1.000 (standard error 0.000, 1 groups)"
     )
+
+
+LABELS = torch.arange(400) % 4
+CARRIED = torch.arange(400) % 8 < 4
+RIGHT = torch.arange(400) % 3 > 0
+
+
+def on_trial() -> Trials:
+    trials = Trials()
+    trials.begin(7, RIGHT)
+    return trials
+
+
+def changed(images: int, *, to: bool) -> torch.Tensor:
+    """Return the right images with so many more or fewer of them."""
+    now = RIGHT.clone()
+    now[(now != to).nonzero().flatten()[:images]] = to
+    return now
+
+
+def test_a_correction_that_helps_goes_on() -> None:
+    trials = on_trial()
+    for _ in range(5):
+        assert trials.verdicts({7: CARRIED}, RIGHT, changed(30, to=True), LABELS) == {}
+    assert trials.verdicts({7: CARRIED}, RIGHT, RIGHT, LABELS) == {}  # nothing changed: no harm
+
+
+def test_a_correction_that_clearly_harms_is_withdrawn_at_once() -> None:
+    trials = on_trial()
+    (reason,) = trials.verdicts({7: CARRIED}, RIGHT, changed(60, to=False), LABELS).values()
+    assert reason.startswith("concept 7 is not corrected any more: the accuracy of its groups cha")
+
+
+def test_one_that_does_not_help_is_withdrawn_after_two_rounds_in_a_row() -> None:
+    trials, little, more = on_trial(), changed(1, to=False), changed(9, to=True)
+    assert trials.verdicts({7: CARRIED}, RIGHT, little, LABELS) == {}
+    assert trials.verdicts({7: CARRIED}, RIGHT, more, LABELS) == {}  # starts anew
+    assert trials.verdicts({7: CARRIED}, RIGHT, little, LABELS) == {}
+    assert list(trials.verdicts({7: CARRIED}, RIGHT, little, LABELS)) == [7]
+
+
+def test_without_a_projection_the_beginning_is_what_counts() -> None:
+    trials = on_trial()
+    assert trials.verdicts({7: CARRIED}, None, changed(30, to=True), LABELS) == {}
+    assert list(trials.verdicts({7: CARRIED}, None, changed(60, to=False), LABELS)) == [7]
+
+
+def test_what_is_not_on_trial_is_not_judged() -> None:
+    trials = on_trial()
+    trials.end(7)
+    assert trials.verdicts({7: CARRIED}, RIGHT, changed(60, to=False), LABELS) == {}
+    assert on_trial().verdicts({7: CARRIED[:9]}, None, RIGHT[:9], LABELS[:9]) == {}  # other images
+
+
+def test_a_trial_goes_on_from_its_state() -> None:
+    trials, other, little = on_trial(), Trials(), changed(1, to=False)
+    trials.verdicts({7: CARRIED}, RIGHT, little, LABELS)
+    other.load_state_dict(trials.state_dict())
+    assert list(other.verdicts({7: CARRIED}, RIGHT, little, LABELS)) == [7]
