@@ -17,7 +17,8 @@ from concept_guard.strict import StrictModel, read_yaml, validated
 
 __all__ = ["GuardConfig", "read_yaml", "validated"]
 
-_ACTIONS = ("project", "rebalance", "refit")
+_ACTIONS = ("project", "penalize", "rebalance", "refit")
+_DEFAULT = ("project", "rebalance", "refit")
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _TAP = re.compile(r"(pre_logits|stage:-?\d+|module:[^@\s]+)(@(NCHW|NHWC|NLC))?")
 
@@ -33,8 +34,6 @@ def _parse_action(value: object) -> object:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"expected observe, or a list out of {', '.join(_ACTIONS)}")
-    if "penalize" in names:
-        raise ValueError(f"penalize is not available in this version; use {', '.join(_ACTIONS)}")
     wrong = [name for name in names if name not in _ACTIONS or names.count(name) > 1]
     if wrong:
         raise ValueError(
@@ -51,6 +50,15 @@ def _parse_schedule(value: object) -> object:
     if epochs and float(epochs[1]) > 0:
         return value
     raise ValueError('expected a whole number of updates, at least 1, or epochs such as "1ep"')
+
+
+def _parse_ramp(value: object) -> object:
+    if value == 0 and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        return _parse_schedule(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or 0 for none") from None
 
 
 def _parse_concepts(value: object) -> object:
@@ -91,13 +99,19 @@ class GuardConfig(StrictModel):
         start: Updates before the first round, or epochs such as `1ep`.
         every: Updates between rounds, or epochs.
         track_every: Updates between re-estimations of the tracked pairs, or epochs.
-        action: What is done about a flagged concept: `project` it out, `rebalance` the samples;
-            and whether baking may `refit` the classifier to the probe. Empty means observe only.
+        action: What is done about a flagged concept: any of `project`, `penalize` and
+            `rebalance`, always in this order; and whether baking may `refit` the classifier to
+            the probe. Empty means observe only.
         max_erased: Concepts that may be erased at the same time.
         alpha: False-discovery level of the flags; smaller flags less.
         approve: `auto` corrects what is flagged, `manual` waits for `guard.approve`
             or the command `concept-guard approve`.
-        strength: Share of the excess factor that the projection takes away.
+        strength: Share of a concept's influence to take away, in (0, 1], on every model: of its
+            excess factor (`project`), of its pull on the logits, as their standard deviation
+            shows it (`penalize`), of the log ratio of the groups' sizes (`rebalance`).
+        ramp: Updates over which the strength grows from 0 to its value, or epochs; 0 for none.
+            It begins when the first concept comes under correction, for all that follow too,
+            until none is left.
         budget: Share of the wall time the guard may use, stretching its intervals; `None`
             keeps the schedule as it is, which makes runs reproducible.
         max_rows: Rows of the probe that are kept for finding directions.
@@ -111,11 +125,12 @@ class GuardConfig(StrictModel):
     start: _Schedule = 100
     every: _Schedule = 200
     track_every: _Schedule = 25
-    action: Annotated[tuple[str, ...], BeforeValidator(_parse_action)] = _ACTIONS
+    action: Annotated[tuple[str, ...], BeforeValidator(_parse_action)] = _DEFAULT
     max_erased: int = Field(default=16, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     approve: Literal["auto", "manual"] = "auto"
     strength: float = Field(default=1.0, gt=0, le=1)
+    ramp: Annotated[int | str, BeforeValidator(_parse_ramp)] = 0
     budget: Annotated[float | None, BeforeValidator(_parse_budget)] = None
     max_rows: int = Field(default=200_000, ge=1)
     reference_images: int = Field(default=320, ge=1)
@@ -126,14 +141,14 @@ class GuardConfig(StrictModel):
     def _write_action(self, action: tuple[str, ...]) -> str | list[str]:
         return list(action) or "observe"
 
-    def updates(self, name: Literal["start", "every", "track_every"]) -> int:
+    def updates(self, name: Literal["start", "every", "track_every", "ramp"]) -> int:
         """Return a schedule as a number of optimizer updates.
 
         Args:
             name: Which schedule.
 
         Returns:
-            At least 1; epochs are rounded to the nearest whole number of updates.
+            At least 1, but for a ramp of 0; epochs are rounded to whole updates.
 
         Raises:
             ConfigError: If the schedule is in epochs and `steps_per_epoch` is not set.

@@ -158,17 +158,21 @@ class GroupCounts:
         """
         self.counts[concept] = grouped(labels, carried, num_classes)
 
-    def weights(self, tracked: Sequence[Tracked], rows: Tensor, labels: Tensor) -> Tensor:
+    def weights(
+        self, tracked: Sequence[Tracked], rows: Tensor, labels: Tensor, strength: float = 1.0
+    ) -> Tensor:
         """Count a training batch and return the weight of each of its samples.
 
         Within a class, the group that is rarer (concept present or absent) weighs more, by the
-        ratio of the shares, at most five times as much; the mean weight over the counted samples
-        is 1, so that the learning rate keeps its meaning. Several concepts multiply.
+        ratio of the shares to the power of the strength, at most five times as much; the mean
+        weight over the counted samples is 1, so that the learning rate keeps its meaning. Several
+        concepts multiply.
 
         Args:
             tracked: Concepts to rebalance.
             rows: `(B, Q, C)` activations of the batch, before any correction.
             labels: `(B,)` classes.
+            strength: Share of the log ratio to make up for, in [0, 1].
 
         Returns:
             `(B,)` positive weights in float32, on the device of the rows.
@@ -178,7 +182,7 @@ class GroupCounts:
             carried = concept.read(rows).any(dim=1)
             known = self.counts[concept.concept]
             known.mul_(MEMORY).add_(grouped(labels, carried, len(known)))
-            table = weight_table(known, LARGEST_WEIGHT).to(rows.device)
+            table = weight_table(known, LARGEST_WEIGHT, strength).to(rows.device)
             weight *= table[labels, carried.long()]
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()
 
@@ -224,18 +228,19 @@ def grouped(labels: Tensor, carried: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(group, minlength=2 * num_classes).view(-1, 2).double()
 
 
-def weight_table(counts: Tensor, most: float) -> Tensor:
+def weight_table(counts: Tensor, most: float, strength: float = 1.0) -> Tensor:
     """Return the weights of groups: rarer ones up to so many times the commoner one, mean 1.
 
     Args:
         counts: `(M, 2)` samples by class and presence.
         most: The largest ratio.
+        strength: Power of the ratio, between 0 (all weigh the same) and 1.
 
     Returns:
         `(M, 2)` weights.
     """
     ratio = counts.max(dim=1, keepdim=True).values / counts.clamp_min(1e-9)
-    raw = ratio.clamp(1.0, most)
+    raw = (ratio**strength).clamp(1.0, most)
     return raw * counts.sum() / (raw * counts).sum().clamp_min(1e-9)
 
 

@@ -18,6 +18,7 @@ from concept_guard.directions import DirectionPairs
 from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.flags import Candidate, Flag
 from concept_guard.influence import Tail
+from concept_guard.penalty import Penalty
 from concept_guard.probe import Batches, images_at
 from concept_guard.reading import Reading
 from concept_guard.rounds import Findings, as_tracked
@@ -34,6 +35,7 @@ class Corrector:
         tap: Where rows are read and corrected.
         probe: The probe, for reference images.
         config: Settings of the guard.
+        ramp: Updates over which the strength of the correction grows; 0 for none.
 
     Attributes:
         tracked: Concepts under correction, in the order in which they came.
@@ -41,15 +43,18 @@ class Corrector:
         vetoed: Ids that are never corrected.
         approved: Ids that are corrected when flagged, also under `approve: manual`.
         erasure: What is projected out of rows for them.
+        penalty: What is added to the loss for them.
     """
 
-    def __init__(self, tap: Tap, probe: Batches, config: GuardConfig) -> None:
+    def __init__(self, tap: Tap, probe: Batches, config: GuardConfig, ramp: int = 0) -> None:
         self._tap, self._probe, self._config = tap, probe, config
         self.tracked: tuple[Tracked, ...] = ()
         self.flags: dict[int, Flag] = {}
         self.vetoed: set[int] = set()
         self.approved: set[int] = set()
         self.erasure = Erasure(tap, probe, config)
+        self.penalty = Penalty(tap, self.erasure, config)
+        self._ramp, self._updates = ramp, 0  # since the first of them came
         self._counts = GroupCounts()
         self._trials = Trials()
         self._reference: tuple[Tensor, Tensor, Tensor] | None = None  # indices, images, labels
@@ -58,6 +63,18 @@ class Corrector:
     def rebalancing(self) -> bool:
         """Whether losses per sample are weighed now."""
         return bool(self.tracked) and "rebalance" in self._config.action
+
+    @property
+    def strength(self) -> float:
+        """Share of the concepts' influence that is to be taken away by now."""
+        ramped = self._updates / self._ramp if self._ramp else 1.0
+        return self._config.strength * min(1.0, ramped)
+
+    def updated(self) -> None:
+        """Take note that the network was trained by one update."""
+        self._updates = self._updates + 1 if self.tracked else 0
+        self.erasure.settled = False
+        self.erasure.strengthen(self.strength)
 
     def weights(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return the weight of each training sample by class and presence of tracked concepts.
@@ -69,7 +86,7 @@ class Corrector:
         Returns:
             `(B,)` positive weights.
         """
-        return self._counts.weights(self.tracked, rows, labels)
+        return self._counts.weights(self.tracked, rows, labels, self.strength)
 
     def tail(self, reading: Reading) -> Tail:
         """Return a function from an edit, on top of the current one, to the reading's logits.
@@ -267,6 +284,8 @@ class Corrector:
             "subspace": state.from_subspace(self.erasure.subspace),
             "counts": {i: counts.clone() for i, counts in self._counts.counts.items()},
             "trials": self._trials.state_dict(),
+            "updates": self._updates,
+            "penalty": self.penalty.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -280,6 +299,9 @@ class Corrector:
         self.vetoed, self.approved = set(saved["vetoed"]), set(saved["approved"])
         self._counts.counts = {i: counts.clone() for i, counts in saved["counts"].items()}
         self._trials.load_state_dict(saved["trials"])
+        self._updates = saved["updates"]
+        self.penalty.load_state_dict(saved["penalty"])
+        self.erasure.strengthen(self.strength)
         self.erasure.put_back(state.to_subspace(saved["subspace"], self._tap.device))
         self._reference = None
         self._listen()
@@ -302,7 +324,11 @@ class Corrector:
 
     def _change_to(self, concepts: Sequence[Tracked], reading: Reading | None) -> None:
         """Correct these concepts and no other; None reads the probe anew, if it is needed."""
+        if not self.tracked:
+            self._updates = 0
+        self.erasure.strengthen(self.strength)
         self.erasure.take_out(concepts, reading)
+        self.penalty.follow(t.concept for t in concepts)
         self.tracked, self._reference = tuple(concepts), None
         self._listen()
 
@@ -310,7 +336,7 @@ class Corrector:
         """Have the activations of training batches kept while something needs them."""
         for concept in self._trials.right.keys() - {t.concept for t in self.tracked}:
             self._trials.end(concept)
-        self._tap.listening = self.rebalancing or self.erasure.adapting
+        self._tap.listening = self.rebalancing or self.erasure.adapting or self.penalty.active
 
     def _reference_set(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return indices, images and labels of all reference images, read once and kept."""

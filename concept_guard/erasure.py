@@ -3,6 +3,7 @@
 Nothing here knows why concepts are corrected, or whether they should be.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.correction import (
-    LARGEST_WEIGHT,
     Projection,
     bake_into,
     calibrated,
@@ -37,7 +37,7 @@ class Erasure:
         config: Settings of the guard; nothing is edited unless `project` is among its actions.
 
     Attributes:
-        subspace: Of all concepts that are projected out, together.
+        subspace: Of all concepts under correction, together.
         settled: Whether the network is as it was when that was estimated; who trains the network
             says otherwise.
     """
@@ -45,6 +45,7 @@ class Erasure:
     def __init__(self, tap: Tap, probe: Batches, config: GuardConfig) -> None:
         self._tap, self._probe, self._config = tap, probe, config
         self.subspace: Subspace | None = None
+        self._strength = config.strength
         self.settled = False
 
     @property
@@ -106,7 +107,7 @@ class Erasure:
         """
         present = [carriers_in(t, reading)[at.to(t.carriers.device)] for t in concepts]
         subspace = self._estimated(reading.part(at), present)
-        return None if subspace is None else projection(subspace, self._config.strength)
+        return None if subspace is None else projection(subspace, self._strength)
 
     def put_back(self, subspace: Subspace | None) -> None:
         """Project a subspace out as it was estimated before.
@@ -118,7 +119,19 @@ class Erasure:
         if subspace is None or "project" not in self._config.action:
             self._tap.edit = None
         else:
-            self._tap.edit = projection(subspace, self._config.strength)
+            self._tap.edit = projection(subspace, self._strength)
+
+    def strengthen(self, strength: float) -> None:
+        """Take another share of the excess factors away from now on.
+
+        Args:
+            strength: In [0, 1].
+        """
+        if strength == self._strength:
+            return
+        self._strength, edit = strength, self._tap.edit
+        if self.subspace is not None and isinstance(edit, Projection):
+            edit.moves.copy_(strength * self.subspace.signals)  # in place: nothing recompiles
 
     def settle(self, concepts: Sequence[Tracked]) -> None:
         """Estimate anew what is projected out, if the network moved since it was estimated.
@@ -129,7 +142,7 @@ class Erasure:
             concepts: Those that are projected out.
         """
         _ = self._tap.classifier  # says so if it was replaced
-        if concepts and not self.settled:
+        if concepts and not self.settled and "project" in self._config.action:
             self.take_out(concepts, None)
 
     def of(self, reading: Reading, present: Sequence[Tensor]) -> Projection | None:
@@ -191,7 +204,7 @@ class Erasure:
             present = [carriers_in(t, reading).any(dim=1).cpu() for t in concepts]
             carried = torch.stack(present).any(dim=0)
             counts = grouped(labels, carried, classifier.out_features)
-            weights = weight_table(counts, LARGEST_WEIGHT)[labels.cpu(), carried.long()]
+            weights = weight_table(counts, math.inf)[labels.cpu(), carried.long()]
         rows = (rows if edit is None else edit(rows))[:, 0]
         found = refit(rows, labels, weights.to(rows.device), classifier, seed=self._config.seed)
         if not found.supported:

@@ -70,11 +70,17 @@ class ConceptGuard:
         self._timetable = Timetable(
             *(self.config.updates(name) for name in ("start", "every", "track_every"))
         )
+        ramp = self.config.updates("ramp")
         self._probe = probe_batches(probe, self.config.seed)
         sample = next(iter(self._probe), None)
         if sample is None:
             check_labels([], 0)
-        self.tap = Tap(model, self.config.tap, checked_pair(sample, 0)[0][:2])
+        self.tap = Tap(
+            model,
+            self.config.tap,
+            checked_pair(sample, 0)[0][:2],
+            keep_images="penalize" in self.config.action,
+        )
         try:
             self._images = check_labels(self._probe, self.tap.num_classes)
         except BaseException:
@@ -86,7 +92,7 @@ class ConceptGuard:
         )
         self._channel = Channel(log_dir)
         self._health = Health(self.tap, self.config.tap)
-        self._corrector = Corrector(self.tap, self._probe, self.config)
+        self._corrector = Corrector(self.tap, self._probe, self.config, ramp)
         self._watch = Watch(
             self.tap, self._probe, self._corrector, self._health, self._log, self.config
         )
@@ -146,9 +152,10 @@ class ConceptGuard:
             indices: `(B,)` positions of its samples in the training set, for the `sampler`.
 
         Returns:
-            A scalar: the one given or the mean, weighed where something is rebalanced. While
-            something is projected out, its gradient also teaches the classifier to do without;
-            while nothing is corrected it is the plain one, bit for bit.
+            A scalar: the one given or the mean, weighed where something is rebalanced. Its value
+            stays that of the criterion, so that curves compare; its gradient is that of the loss
+            with the penalty added and, while something is projected out, also teaches the
+            classifier to do without. While nothing is corrected it is the plain one, bit for bit.
         """
         self._health.heard(checked(loss, targets))
         return descended(
@@ -172,7 +179,7 @@ class ConceptGuard:
         """
         self._health.check_fired()
         self.steps += 1
-        self._corrector.erasure.settled = False
+        self._corrector.updated()
         self._clock.start()
         if self._resumed:
             self._resumed = False

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from concept_guard.correction import obstacle
 from concept_guard.corrector import Corrector
+from concept_guard.errors import TapError
 from concept_guard.health import Health
 from concept_guard.sampling import Samples
 from concept_guard.taps import Tap
@@ -48,12 +49,15 @@ def descended(
 ) -> Tensor:
     """Return the loss that unlearns: weighed samples, and a classifier that does without.
 
+    What is added to the loss of the samples adds its gradient, not its value: the value stays that
+    of the criterion, with and without a correction.
+
     Args:
         loss: A scalar, or `(B,)` losses per sample.
         targets: `(B,)` classes, or None.
         indices: `(B,)` positions in the training set, or None.
         tap: Holds the activations of the batch.
-        corrector: Weighs samples, and knows what is projected out.
+        corrector: Weighs samples, and knows what is projected out and held down.
         samples: Learns what the samples carry; while it has a sampler, losses are not weighed.
         health: Warns, once, where something cannot act.
 
@@ -62,9 +66,39 @@ def descended(
     """
     plain = loss if loss.ndim == 0 else loss.mean()
     at = samples.checked(indices, targets)
-    if not corrector.rebalancing and not corrector.erasure.adapting:
+    if not corrector.tracked:
         return plain
-    rows = tap.captured
+    try:
+        _ = tap.classifier
+    except TapError as error:
+        health.warn_once(f"nothing is corrected: {error}.")
+        return plain
+    weighed = plain
+    if corrector.rebalancing or corrector.erasure.adapting:
+        weighed = _of_samples(
+            loss, targets, at, tap=tap, corrector=corrector, samples=samples, health=health
+        )
+    if corrector.penalty.active:
+        term, problem = corrector.penalty.term(corrector.strength)
+        if problem:
+            health.warn_once(f"penalizing cannot act: {problem}.")
+        if term is not None:
+            weighed = weighed + (term - term.detach()).to(weighed.dtype)
+    return weighed
+
+
+def _of_samples(
+    loss: Tensor,
+    targets: Tensor | None,
+    at: Tensor | None,
+    *,
+    tap: Tap,
+    corrector: Corrector,
+    samples: Samples,
+    health: Health,
+) -> Tensor:
+    """Return the mean of the weighed losses, and the gradient of those with concepts taken out."""
+    plain, rows = loss if loss.ndim == 0 else loss.mean(), tap.captured
     problem = obstacle(targets, rows, tap.num_classes)
     if problem or rows is None or targets is None:
         stopped = "rebalancing" if corrector.rebalancing else "adapting the classifier"
@@ -85,7 +119,7 @@ def descended(
     if not corrector.erasure.adapting:
         return weighed
     without = (corrector.erasure.losses_without(rows, targets) * weights).mean()
-    return weighed + (without - without.detach())  # the value stays that of the criterion
+    return weighed + (without - without.detach())
 
 
 def _show(

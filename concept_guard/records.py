@@ -41,7 +41,8 @@ class RoundReport:
         leak: Concept under correction to the absolute risk difference that is left of it once this
             round has corrected it, on images from which the projection was not estimated.
         cosine_to_last: Mean of `drift`; 1 in the first round, 0 if no concept was found again.
-        penalty: Value of the loss penalty, 0 while there is none.
+        penalty: Share of the variance of the logits that the penalized concepts carry, over the
+            last training batches; 0 while there are none.
         errors_seen: Probe images predicted wrongly.
         images_seen: Probe images read.
         seconds: Duration of the round.

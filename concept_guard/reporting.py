@@ -88,7 +88,7 @@ def report(
         leak=left.difference,
         readable=left.readable,
         cosine_to_last=found.cosine_to_last,
-        penalty=0.0,
+        penalty=corrector.penalty.share,
         errors_seen=errors,
         images_seen=len(labels),
         seconds=seconds,

@@ -29,6 +29,7 @@ class _Shared:
         self.edit = edit
         self.listening = False
         self.captured: Tensor | None = None
+        self.images: Tensor | None = None
         self.fired = 0
         self.reading = False  # a pass of the tap's own is under way
         self.rows: Tensor | None = None  # what that pass read
@@ -76,6 +77,25 @@ class _Hook:
         return _unpickled, (self._layout, self.shared.edit)
 
 
+class _ImagesHook:
+    """The pre-hook on the model itself that remembers what a training pass was called with."""
+
+    def __init__(self, shared: _Shared | None) -> None:
+        self.shared = shared  # copies of the model have none and remember nothing
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        shared = self.shared
+        if shared is not None and shared.listening and module.training and not shared.reading:
+            first = args[0] if args else None
+            shared.images = first.detach() if isinstance(first, Tensor) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ImagesHook":
+        return _ImagesHook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ImagesHook, (None,)
+
+
 def _unpickled(layout: Layout, edit: Edit | None) -> _Hook:
     return _Hook(layout, _Shared(edit), is_copy=True)
 
@@ -85,10 +105,12 @@ class Tap:
 
     Args:
         model: The classifier on its device, before `torch.compile`; a DDP wrapper is seen
-            through. It gains one hook and nothing else.
+            through. It gains one hook, or two, and nothing else.
         where: `pre_logits`, `stage:K` of timm's `feature_info`, or `module:PATH`; the last two
             may end in `@NCHW`, `@NHWC` or `@NLC`.
         sample: `(N, ...)` a few images, for one isolated pass that settles the layout.
+        keep_images: Whether images of training passes are wanted where no plain linear map
+            follows the tap; that takes a second hook, on the model itself.
 
     Attributes:
         path: Name of the module that carries the hook.
@@ -104,7 +126,9 @@ class Tap:
             the logits. Nothing is attached.
     """
 
-    def __init__(self, model: nn.Module, where: str, sample: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, where: str, sample: Tensor, *, keep_images: bool = False
+    ) -> None:
         self._model: nn.Module | None = _unwrapped(model)
         survey = _surveyed(self._model, where, sample)
         site = locate(survey, where)
@@ -113,7 +137,10 @@ class Tap:
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
         self._where, self._layout, self._shared = where, site.layout, _Shared()
         self._hook = _Hook(self._layout, self._shared)
+        self._images_hook = _ImagesHook(self._shared)
         with ExitStack() as stack:
+            if keep_images and self._classifier is None:
+                stack.callback(self._model.register_forward_pre_hook(self._images_hook).remove)
             if where == "pre_logits":
                 stack.callback(site.module.register_forward_pre_hook(self._hook).remove)
             else:
@@ -175,7 +202,7 @@ class Tap:
         """Drop the edit here; deep copies of the model keep it and no longer follow."""
         self._shared, left = _Shared(), self._shared
         self._shared.listening, self._shared.fired = left.listening, left.fired
-        self._hook.shared = self._shared
+        self._hook.shared = self._images_hook.shared = self._shared
 
     @property
     def listening(self) -> bool:
@@ -191,9 +218,14 @@ class Tap:
         """`(B, Q, C)` float32 rows, before the edit, of the last train-mode pass listened to."""
         return self._shared.captured
 
+    @property
+    def images(self) -> Tensor | None:
+        """Images of that pass, if they are kept."""
+        return self._shared.images
+
     def forget(self) -> None:
-        """Drop the captured rows."""
-        self._shared.captured = None
+        """Drop the captured rows and their images."""
+        self._shared.captured = self._shared.images = None
 
     @property
     def fired(self) -> int:
@@ -269,6 +301,27 @@ class Tap:
         edit = self.edit
         given = rows if edit is None else edit(rows)
         with self._own_pass(lambda _: given) as model, torch.set_grad_enabled(rows.requires_grad):
+            return self._forward(model, images)[0]
+
+    def behind(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return the `(N, M)` float32 logits of an isolated pass with other rows at the tap.
+
+        What comes before the tap runs without gradients, so that none reaches its parameters,
+        not even past the tap.
+
+        Args:
+            images: `(N, ...)` images, for what passes the tap by.
+            rows: `(N, Q, C)` rows in place of theirs; the current edit is left out.
+
+        Returns:
+            Logits on the device of the model, with a gradient for the parameters behind the tap.
+        """
+
+        def given(_: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)  # until the pass ends
+            return rows
+
+        with self._own_pass(given) as model:
             return self._forward(model, images)[0]
 
     def pooled_from(self, images: Tensor) -> Tensor | None:

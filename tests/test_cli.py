@@ -74,7 +74,7 @@ def test_every_offender_of_a_recipe_is_named_with_its_line(
     path = tmp_path / "bad.yaml"
     path.write_text(
         "model: resnet10\nepochs: 0\nbatch-size: 3\nalpha: 0.1\n"
-        "checkpoint_path: /absent/weights.pth\nguard:\n  evry: 3\n  action: penalize\n",
+        "checkpoint_path: /absent/weights.pth\nguard:\n  evry: 3\n  action: penalise\n",
         encoding="utf8",
     )
     assert refused(capsys, path, "seed=x", "planted.klass=1").splitlines() == [
@@ -87,8 +87,8 @@ def test_every_offender_of_a_recipe_is_named_with_its_line(
         f"  {path}:5: checkpoint_path = '/absent/weights.pth': no such file; "
         "give it on the command line as checkpoint_path=FILE",
         f"  {path}:7: unknown key 'guard.evry'; nearest: 'guard.every'",
-        f"  {path}:8: guard.action = 'penalize': penalize is not available in this version; "
-        "use project, rebalance",
+        f"  {path}:8: guard.action = 'penalise': penalise cannot be used here: expected observe "
+        "alone, or a list out of project, penalize, rebalance that names each once",
         f"  {path}: dataset: expected either data_dir (an image folder) or dataset: digits",
         "  command line planted.klass=1: unknown key 'planted.klass'; nearest: 'planted.class'",
         f"  {path}: lr is missing; this key is required",

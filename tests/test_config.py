@@ -61,15 +61,19 @@ def test_one_message_names_every_offender_with_its_line(tmp_path: Path) -> None:
         ({"every": "0ep"}, "every = '0ep': expected a whole number"),
         ({"track_every": True}, "track_every = True: expected a whole number"),
         ({"every": "2 epochs"}, "every = '2 epochs': expected a whole number"),
-        ({"action": "penalize"}, "action = 'penalize': penalize is not available in this version"),
-        ({"action": ["project", "penalize"]}, "penalize is not available in this version"),
         ({"action": ["project", "observe"]}, "observe cannot be used here: expected observe alone"),
         ({"action": ["project", "project"]}, "project cannot be used here: .* names each once"),
-        ({"action": "erase"}, "erase cannot be used here: .* project, rebalance"),
-        ({"action": 3}, "action = 3: expected observe, or a list out of project, rebalance"),
+        ({"action": "erase"}, "erase cannot be used here: .* project, penalize, rebalance"),
+        ({"action": 3}, "action = 3: expected observe, or a list out of project, penalize"),
         ({"max_erased": 0}, "max_erased = 0: expected greater than or equal to 1"),
         ({"approve": "ask"}, "approve = 'ask': expected 'auto' or 'manual'"),
         ({"strength": 0}, "strength = 0: expected greater than 0"),
+        ({"strength": -0.5}, "strength = -0.5: expected greater than 0"),
+        ({"strength": float("inf")}, "strength = inf: expected a finite number"),
+        ({"strength": float("nan")}, "strength = nan: expected a finite number"),
+        ({"ramp": -1}, "ramp = -1: expected a whole number of updates, .* or 0 for none"),
+        ({"ramp": False}, "ramp = False: expected a whole number of updates"),
+        ({"ramp": "0ep"}, "ramp = '0ep': expected a whole number of updates"),
         ({"budget": "200%"}, "budget = '200%': expected a share .* such as \"5%\" or 0.05"),
         ({"budget": 5}, "budget = 5: expected a share"),
         ({"max_rows": 0}, "max_rows = 0"),
@@ -96,6 +100,8 @@ def test_a_wrong_value_is_refused_by_name(settings: dict[str, object], message: 
         ("project", ("project",)),
         (["rebalance"], ("rebalance",)),
         (["rebalance", "project"], ("project", "rebalance")),
+        ("penalize", ("penalize",)),
+        (["rebalance", "penalize", "project"], ("project", "penalize", "rebalance")),
     ],
 )
 def test_actions_are_stored_in_a_fixed_order(value: object, stored: tuple[str, ...]) -> None:
@@ -113,6 +119,8 @@ def test_a_budget_becomes_a_share(value: object, share: float) -> None:
 def test_schedules_count_updates_or_epochs() -> None:
     config = GuardConfig(start=30, every="2ep", track_every="0.1ep", steps_per_epoch=14)
     assert [config.updates(name) for name in ("start", "every", "track_every")] == [30, 28, 1]
+    assert GuardConfig(ramp="1ep", steps_per_epoch=14).updates("ramp") == 14
+    assert (GuardConfig().updates("ramp"), GuardConfig(ramp=7).updates("ramp")) == (0, 7)
     with pytest.raises(ConfigError, match="every = '2ep' is in epochs, but steps_per_epoch"):
         GuardConfig(every="2ep").updates("every")
 

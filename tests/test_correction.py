@@ -167,6 +167,22 @@ def test_the_rarer_group_of_a_class_weighs_more_up_to_five_times() -> None:
     assert max(common) == min(common)  # the learning rate of common groups is alike
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_strength_is_the_share_of_the_log_ratio_that_is_made_up_for(strength: float) -> None:
+    world = marked_world(count=4000, rates=(0.7, 0.3, 0.98, 0.5))
+    concept, rows = of_the_mark(world), world.rows[:, None]
+    weights = started(world, concept).weights([concept], rows, world.labels, strength)
+    table = by_group(weights, world)
+    found = table.max(dim=1).values / table.min(dim=1).values
+    counts = torch.stack([torch.bincount(world.labels[world.mark == c]) for c in (False, True)], 1)
+    ratio = counts.max(dim=1).values / counts.min(dim=1).values
+    torch.testing.assert_close(found, (ratio**strength).clamp(max=5.0), rtol=1e-5, atol=0)
+    assert ratio[2] > 25  # control: the bound holds after the power
+    assert float(weights.mean()) == pytest.approx(1.0, rel=1e-5)
+    plain = started(world, concept).weights([concept], rows, world.labels)
+    assert torch.equal(weights, plain) == (strength == 1.0)
+
+
 def test_without_association_all_weights_are_one() -> None:
     # Control: half of every class carries the mark.
     half = (torch.arange(1200) // 4 % 2).double()

@@ -29,7 +29,8 @@ from concept_guard import ConceptGuard, StateError
 
 STEPS = 14  # rounds after 1 and 9, tracking after 3, 6 and 12; the mark is corrected from 1 on
 ERASED_BY_HAND = 4  # after so many steps a second concept is erased
-CONFIG = {**QUICK, "reference_images": 150}
+CONFIG = {**QUICK, "reference_images": 150, "ramp": 6}
+CONFIG["action"] = ["project", "penalize", "rebalance"]
 State = dict[str, Any]
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     {"tracking", "refit", "benefit"},
     {"correction"},
     {"erasure"},
+    {"penalty"},
     {"trial"},
     {"rounds"},
     {"records", "cards", "measures", "localisation"},

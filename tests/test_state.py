@@ -127,7 +127,7 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
         ({}, "guard state has schema_version None, expected 5"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
-            {"schema_version": 5, "model": MODEL},
+            {"schema_version": state.SCHEMA_VERSION, "model": MODEL},
             "guard state lacks pairs, steps; the checkpoint is incomplete",
         ),
         (
