@@ -143,6 +143,10 @@ def test_a_step_takes_of_the_pull_and_shifts_the_logits_less_than_the_plain_grad
             carried = variance(centred @ f.T @ s @ head.weight.T)
         carried.backward()
         assert head.bias.grad is None
+        if not is_plain:
+            factors = centred @ f.T
+            expected = 2 / COUNT * head.weight @ s.T @ factors.T @ factors @ spared(s, rows)
+            torch.testing.assert_close(head.weight.grad, expected, rtol=1e6 * EPS, atol=1e6 * EPS)
         before = carried.item()
         with torch.no_grad():
             head.weight -= 0.01 * head.weight.grad
