@@ -49,7 +49,7 @@ class ConceptGuard:
         config: The settings.
         tap: Where activations are read and corrected.
         steps: Optimizer updates so far.
-        baked: What `bake` did about the classifier, in words.
+        baked: What `bake` did about the classifier, in words; empty without `refit`.
 
     Raises:
         ConfigError: If the configuration is wrong.
@@ -288,8 +288,8 @@ class ConceptGuard:
         self._acts.heed(self.steps)
         self._corrector.erasure.settle(self._corrector.tracked)
         self._tell("finished")
-        self.baked = self._corrector.bake() or "nothing to refit"
-        self._log.act(self.steps, f"bake: {self.baked}")
+        self.baked = self._corrector.bake()
+        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
 
     def close(self) -> None:
         """Take everything off the model; calling it again does nothing."""

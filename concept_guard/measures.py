@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from concept_guard.association import MOST_CARRIERS, Sensitivity
+from concept_guard.benefit import SMALLEST_GROUP
 from concept_guard.flags import Flag
 from concept_guard.reading import Reading
-
-SMALLEST_GROUP = 5  # images; the accuracy of fewer says nothing
 
 
 def not_finite(reading: Reading, loss: Tensor | None, tap: str) -> list[str]:

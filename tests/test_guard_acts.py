@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from worlds import (
     PROBE,
     QUICK,
@@ -24,6 +25,7 @@ from worlds import (
 )
 
 from concept_guard import ConceptGuard
+from concept_guard.benefit import Trials
 
 
 def statuses(guard: ConceptGuard) -> dict[int, str]:
@@ -80,6 +82,41 @@ def test_a_restored_concept_stays_vetoed_until_it_is_approved() -> None:
     guard.approve(concept)
     guard.round()
     assert statuses(guard)[concept] == "erased"
+    assert concept in guard.erased
+
+
+def harm(
+    self: Trials, carried: dict[int, Tensor], without: Tensor | None, now: Tensor, labels: Tensor
+) -> dict[int, str]:
+    """Say of every correction on trial that it harms."""
+    assert without is not None  # something is projected out, so that both can be compared
+    assert without.shape == now.shape == labels.shape
+    return {i: f"concept {i} does harm" for i in carried if i in self.right}
+
+
+def test_a_correction_that_harms_is_withdrawn_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fallen()
+    plain, guard = logits(model), correcting(model)
+    (concept,) = guard.erased
+    assert guard.round() is not None
+    assert guard.erased == (concept,)  # control: it helps
+    monkeypatch.setattr(Trials, "verdicts", harm)
+    report = guard.round()
+    assert report is not None
+    assert guard.erased == report.erased == ()
+    assert f"concept {concept} does harm" in report.notes
+    assert torch.equal(logits(model), plain)
+    guard.round()
+    assert guard.erased == ()  # not taken up again
+    assert statuses(guard)[concept] == "vetoed"
+
+
+def test_what_a_person_erased_is_not_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = flagging()
+    concept = the_flagged(guard)
+    guard.erase(concept)
+    monkeypatch.setattr(Trials, "verdicts", harm)
+    guard.round()
     assert concept in guard.erased
 
 
@@ -209,7 +246,10 @@ def test_acts_are_logged(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     written = events.Tensors("concept_guard/report/text_summary")
     texts = [event.tensor_proto.string_val[0].decode() for event in written]
-    acts = [*(f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")), "bake"]
+    acts = [
+        *(f"{act} {concept}" for act in ("erase", "restore", "veto", "approve")),
+        f"bake: {guard.baked}",
+    ]
     # Of one step only the last text is shown: it says all.
     assert texts == ["\n\n".join(acts[: i + 1]) for i in range(len(acts))]
 
@@ -223,7 +263,8 @@ def test_acts_do_not_hide_the_table_of_a_round_of_the_same_step(tmp_path: Path) 
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     last = events.Tensors("concept_guard/report/text_summary")[-1].tensor_proto.string_val[0]
     assert "| risk difference |" in last.decode()
-    assert last.decode().endswith("bake")
+    assert guard.baked.startswith("classifier ")
+    assert last.decode().endswith(f"bake: {guard.baked}")
 
 
 @pytest.mark.parametrize("action", ["project", "rebalance"])

@@ -63,7 +63,7 @@ class Passive:
     ) -> None:
         self.model, self.probe, self.config = model, probe, config
         self.log_dir, self.class_names = log_dir, class_names
-        self.steps, self.report, self.cards = 0, None, {}
+        self.steps, self.report, self.cards, self.baked = 0, None, {}, ""
         Passive.alive += 1
 
     def loss(self, losses: Tensor, targets: Tensor) -> Tensor:

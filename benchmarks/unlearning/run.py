@@ -28,8 +28,11 @@ from torch import nn
 
 GUARD = {
     "guard": {},
+    "guard, project and rebalance": {"action": ["project", "rebalance"]},
     "guard, project": {"action": ["project"]},
+    "guard, penalize": {"action": ["penalize"]},
     "guard, rebalance": {"action": ["rebalance"]},
+    "guard, refit": {"action": ["refit"]},
     "guard, fixed": {"action": ["project"], "every": NEVER, "track_every": NEVER},
 }
 CONTROLS = ("erased once, signal", "erased once, filter", "erased once, random")

@@ -90,10 +90,11 @@ def batches(
         task: Its batch size and augmentation.
         train: What is learnt.
         epochs: Passes over it.
-        seed: Of the order.
+        seed: Of the order, and of torch's own generator, from which dropout draws.
         weights: `(N,)` chances of being drawn, with replacement; None takes every image once.
     """
     draw = generator(seed)
+    torch.manual_seed(seed)
     for _ in range(epochs):
         if weights is None:
             order = torch.randperm(len(train), generator=draw)
