@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 SMALLEST_GROUP = 5  # images; fewer say nothing
-CLEARLY = 2.0  # standard errors by which a correction does harm
-PATIENCE = 2  # rounds in a row in which it does not help
+PATIENCE = 4  # rounds in a row in which a correction does not help
 
 
 @dataclass(frozen=True)
 class Benefit:
-    """How the accuracy changes in the groups (class, concept present or not), each counting alike.
+    """How the accuracy changes in groups of images, each group counting alike.
 
     Attributes:
         gain: Mean change over the groups, between -1 and 1; 0 if no group is large enough.
@@ -29,32 +28,29 @@ class Benefit:
     error: float
     groups: int
 
-    @property
-    def harms(self) -> bool:
-        """Whether the groups are clearly worse off."""
-        return self.gain < -CLEARLY * self.error
-
     def __str__(self) -> str:
         return f"{self.gain:+.3f} (standard error {self.error:.3f}, {self.groups} groups)"
 
 
-def benefit(before: Tensor, after: Tensor, labels: Tensor, carried: Tensor) -> Benefit:
+def benefit(before: Tensor, after: Tensor, own: Tensor, carried: Tensor) -> Benefit:
     """Compare right predictions, image by image, without and with a correction.
 
-    A group that a shortcut misleads is small, the rest is large: over all images together, what
-    is done for the first would not be seen.
+    The groups are the images of the class that a concept pulls towards and those of the other
+    classes, with the concept and without. Those of other classes with it, which it misleads, are
+    few: over all images together, what is done for them would not be seen, and in every single
+    class there may be one or two.
 
     Args:
         before: `(N,)` bool, which images are right without the correction.
         after: `(N,)` bool, which are with it.
-        labels: `(N,)` classes.
-        carried: `(N,)` bool, which images carry the concept, or any of several.
+        own: `(N,)` bool, which images are of the class that the concept pulls towards.
+        carried: `(N,)` bool, which images carry the concept.
 
     Returns:
         The change; groups of fewer than five images do not count.
     """
     change = after.double() - before.double()
-    group = groups(labels, carried)
+    group = own.long() * 2 + carried.long()
     gains, variances = [], []
     for g in group.unique():
         of_group = change[group == g]
@@ -65,19 +61,6 @@ def benefit(before: Tensor, after: Tensor, labels: Tensor, carried: Tensor) -> B
         return Benefit(0.0, 0.0, 0)
     error = float(torch.stack(variances).sum()) ** 0.5 / len(gains)
     return Benefit(float(torch.stack(gains).mean()), error, len(gains))
-
-
-def groups(labels: Tensor, carried: Tensor) -> Tensor:
-    """Return the group of each image as one number.
-
-    Args:
-        labels: `(N,)` classes.
-        carried: `(N,)` bool.
-
-    Returns:
-        `(N,)` whole numbers.
-    """
-    return labels * 2 + carried.to(labels)
 
 
 class Trials:
@@ -110,32 +93,33 @@ class Trials:
         self.right.pop(concept, None)
         self.idle.pop(concept, None)
 
-    def verdicts(
-        self, carried: Mapping[int, Tensor], without: Tensor | None, now: Tensor, labels: Tensor
-    ) -> dict[int, str]:
+    def verdicts(self, groups: Mapping[int, tuple[Tensor, Tensor]], now: Tensor) -> dict[int, str]:
         """Return which corrections do not help, after another round.
 
+        What counts is how the groups fare since a correction began, training included. On tinted
+        digits the groups are worse off in the first one or two rounds (-.14 and -.02 on one seed,
+        while the class that leaned on the tint learns its digit again) and then better by .2 to .3
+        in every round, on four seeds. To switch the projection off and on says less: estimated
+        from one half of 540 images and tried on the other, it seemed to cost .2 to .3 at first.
+
         Args:
-            carried: Concept id to `(N,)` bool, which images carry it.
-            without: `(N,)` bool, which images are right without the corrections; None where only
-                training could show that, and what was right in the beginning is taken.
+            groups: Concept id to twice `(N,)` bool: which images are of its class, which carry it.
             now: `(N,)` bool, which are right with them.
-            labels: `(N,)` classes.
 
         Returns:
             Concept id to the reason why its correction is to be withdrawn.
         """
         reasons = {}
-        for concept, presence in carried.items():
-            before = self.right.get(concept) if without is None else without
-            if concept not in self.right or before is None or len(before) != len(now):
+        for concept, (own, carried) in groups.items():
+            before = self.right.get(concept)
+            if before is None or len(before) != len(now):
                 continue
-            found = benefit(before.to(now.device), now, labels, presence.to(now.device))
+            found = benefit(*(t.to(now.device) for t in (before, now, own, carried)))
             self.idle[concept] = self.idle[concept] + 1 if found.gain < 0 else 0
-            if found.harms or self.idle[concept] >= PATIENCE:
+            if self.idle[concept] >= PATIENCE:
                 reasons[concept] = (
-                    f"concept {concept} is not corrected any more: the accuracy of its groups "
-                    f"changes by {found}"
+                    f"concept {concept} is not corrected any more: since its correction began, the "
+                    f"accuracy of its groups changed by {found}"
                 )
         return reasons
 

@@ -141,24 +141,26 @@ class Corrector:
             self._trials.begin(i, reading.logits.argmax(dim=1) == reading.labels)
         return if_erased
 
-    def withdraw(self, without: Tensor | None, now: Tensor | None, reading: Reading) -> list[str]:
+    def withdraw(self, reading: Reading) -> list[str]:
         """Stop correcting concepts whose groups are no better off for it, and veto them.
 
         What a person erased stays.
 
         Args:
-            without: `(N,)` bool, which probe images are right without the projection; None
-                without one.
-            now: `(N,)` bool, which are right with it; None without concepts.
             reading: The reading of the probe.
 
         Returns:
             A sentence for each of them.
         """
-        if now is None:
+        if not self.tracked:
             return []
-        carried = {t.concept: carriers_in(t, reading).any(dim=1) for t in self.tracked}
-        reasons = self._trials.verdicts(carried, without, now, reading.labels)
+        groups = {
+            t.concept: (reading.labels == t.class_index, carriers_in(t, reading).any(dim=1))
+            for t in self.tracked
+        }
+        instead = tail_of(self._tap, self._probe, reading, on_top=False)
+        now = instead(self._tap.edit, None).argmax(dim=1).to(reading.labels) == reading.labels
+        reasons = self._trials.verdicts(groups, now)
         if reasons:
             self._change_to([t for t in self.tracked if t.concept not in reasons], reading)
             self.vetoed |= set(reasons)

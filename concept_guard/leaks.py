@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from concept_guard.association import associate
 from concept_guard.directions import folds, leading, readability
@@ -17,7 +16,7 @@ from concept_guard.reading import Reading
 from concept_guard.tracking import Tracked
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Leaks:
     """What is left of the concepts under correction, as a round leaves them.
 
@@ -26,16 +25,11 @@ class Leaks:
         readable: Concept id to how well a fresh linear probe reads it with the class held fixed,
             .5 if not at all; concepts with too few images are missing.
         returned: Sentences on the concepts that came back since the last round.
-        without: `(N,)` bool, which images are right without the projection; None without one.
-        now: `(N,)` bool, which are right with it, each as seen from the other half; None without
-            concepts.
     """
 
     difference: dict[int, float] = field(default_factory=dict)
     readable: dict[int, float] = field(default_factory=dict)
     returned: tuple[str, ...] = ()
-    without: Tensor | None = None
-    now: Tensor | None = None
 
 
 def leaks(
@@ -107,6 +101,4 @@ def leaks(
             for t in concepts
             if t.concept in pull and t.concept in before and pull[t.concept][1] > before[t.concept]
         ),
-        without=instead(None, None).argmax(dim=1).to(labels) == labels if erasure.acting else None,
-        now=logits.argmax(dim=1) == labels,
     )

@@ -87,7 +87,7 @@ class Watch:
         )
         if_erased = self._corrector.act_on(found, reading)
         left = self._left(found, reading)
-        withdrawn = self._corrector.withdraw(left.without, left.now, reading)
+        withdrawn = self._corrector.withdraw(reading)
         report = reporting.report(
             reading,
             found,

@@ -2,72 +2,52 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from concept_guard.benefit import Trials, benefit
+from concept_guard.benefit import PATIENCE, Trials, benefit
 
 
 def test_the_gain_is_the_mean_of_the_groups_changes() -> None:
-    labels = torch.tensor([0] * 10 + [1] * 10)
-    carried = torch.tensor([True] * 5 + [False] * 5 + [False] * 10)
-    before = torch.zeros(20, dtype=torch.bool)
+    own = torch.arange(40) < 20
+    carried = torch.arange(40) % 20 < 5
+    before = torch.zeros(40, dtype=torch.bool)
     after = before.clone()
-    after[:4] = True  # group (0, with): four of five
-    after[10:13] = True  # group (1, without): three of ten
-    found = benefit(before, after, labels, carried)
-    assert found.groups == 3
-    assert found.gain == pytest.approx((0.8 + 0.0 + 0.3) / 3)
-    variance = torch.stack([after[:5].double().var() / 5, after[10:].double().var() / 10]).sum()
-    assert found.error == pytest.approx(float(variance) ** 0.5 / 3)
-    assert not found.harms
+    after[:4] = True  # own class, with: four of five
+    after[25:28] = True  # other classes, without: three of fifteen
+    found = benefit(before, after, own, carried)
+    assert found.groups == 4
+    assert found.gain == pytest.approx((0.8 + 0.0 + 0.0 + 0.2) / 4)
+    variance = after[:5].double().var() / 5 + after[25:].double().var() / 15
+    assert found.error == pytest.approx(float(variance) ** 0.5 / 4)
 
 
 def test_a_small_group_counts_as_much_as_a_large_one() -> None:
-    labels = torch.zeros(1010, dtype=torch.long)
+    own = torch.zeros(1010, dtype=torch.bool)
     carried = torch.arange(1010) < 10
     before = ~carried
     after = carried | (torch.arange(1010) < 960)  # 10 repaired, 50 broken
-    assert benefit(before, after, labels, carried).gain > 0.4
+    assert benefit(before, after, own, carried).gain > 0.4
     assert int(after.sum()) < int(before.sum())  # control: over all images it looks like harm
 
 
-def test_harm_is_what_chance_does_not_explain() -> None:
-    labels = torch.arange(400) % 4
-    carried = torch.arange(400) % 8 < 4
-    before = torch.ones(400, dtype=torch.bool)
-    broken = before.clone()
-    broken[::5] = False
-    assert benefit(before, broken, labels, carried).harms
-    one = before.clone()
-    one[0] = False
-    assert not benefit(before, one, labels, carried).harms  # control
-    assert not benefit(before, before, labels, carried).harms
-
-
 def test_groups_of_fewer_than_five_images_say_nothing() -> None:
-    labels, carried = torch.zeros(24, dtype=torch.long), torch.arange(24) < 4
-    found = benefit(carried, ~carried, labels, carried)
+    own, carried = torch.zeros(24, dtype=torch.bool), torch.arange(24) < 4
+    found = benefit(carried, ~carried, own, carried)
     assert (found.groups, found.gain) == (1, 1.0)
-    nothing = benefit(carried[:4], ~carried[:4], labels[:4], carried[:4])
-    assert (nothing.groups, nothing.gain, nothing.error, nothing.harms) == (0, 0.0, 0.0, False)
+    nothing = benefit(carried[:4], ~carried[:4], own[:4], carried[:4])
+    assert (nothing.groups, nothing.gain, nothing.error) == (0, 0.0, 0.0)
 
 
 def test_what_is_said_of_it() -> None:
-    assert (
-        str(
-            benefit(
-                torch.zeros(5).bool(),
-                torch.ones(5).bool(),
-                torch.zeros(5).long(),
-                torch.zeros(5).bool(),
-            )
-        )
-        == "+1.000 (standard error 0.000, 1 groups)"
-    )
+    none = torch.zeros(5, dtype=torch.bool)
+    said = str(benefit(none, ~none, none, none))
+    assert said == "+1.000 (standard error 0.000, 1 groups)"
 
 
-LABELS = torch.arange(400) % 4
+OWN = torch.arange(400) % 4 == 0
 CARRIED = torch.arange(400) % 8 < 4
 RIGHT = torch.arange(400) % 3 > 0
+GROUPS = {7: (OWN, CARRIED)}
 
 
 def on_trial() -> Trials:
@@ -76,49 +56,41 @@ def on_trial() -> Trials:
     return trials
 
 
-def changed(images: int, *, to: bool) -> torch.Tensor:
+def changed(images: int, *, to: bool) -> Tensor:
     """Return the right images with so many more or fewer of them."""
     now = RIGHT.clone()
     now[(now != to).nonzero().flatten()[:images]] = to
     return now
 
 
-def test_a_correction_that_helps_goes_on() -> None:
+WORSE, BETTER = changed(9, to=False), changed(9, to=True)
+
+
+def test_a_correction_that_helps_goes_on_and_so_does_one_that_changes_nothing() -> None:
     trials = on_trial()
-    for _ in range(5):
-        assert trials.verdicts({7: CARRIED}, RIGHT, changed(30, to=True), LABELS) == {}
-    assert trials.verdicts({7: CARRIED}, RIGHT, RIGHT, LABELS) == {}  # nothing changed: no harm
+    for now in (BETTER, RIGHT) * PATIENCE:
+        assert trials.verdicts(GROUPS, now) == {}
 
 
-def test_a_correction_that_clearly_harms_is_withdrawn_at_once() -> None:
+def test_one_that_does_not_help_is_withdrawn_after_some_rounds_in_a_row() -> None:
     trials = on_trial()
-    (reason,) = trials.verdicts({7: CARRIED}, RIGHT, changed(60, to=False), LABELS).values()
-    assert reason.startswith("concept 7 is not corrected any more: the accuracy of its groups cha")
-
-
-def test_one_that_does_not_help_is_withdrawn_after_two_rounds_in_a_row() -> None:
-    trials, little, more = on_trial(), changed(1, to=False), changed(9, to=True)
-    assert trials.verdicts({7: CARRIED}, RIGHT, little, LABELS) == {}
-    assert trials.verdicts({7: CARRIED}, RIGHT, more, LABELS) == {}  # starts anew
-    assert trials.verdicts({7: CARRIED}, RIGHT, little, LABELS) == {}
-    assert list(trials.verdicts({7: CARRIED}, RIGHT, little, LABELS)) == [7]
-
-
-def test_without_a_projection_the_beginning_is_what_counts() -> None:
-    trials = on_trial()
-    assert trials.verdicts({7: CARRIED}, None, changed(30, to=True), LABELS) == {}
-    assert list(trials.verdicts({7: CARRIED}, None, changed(60, to=False), LABELS)) == [7]
+    for now in [*[WORSE] * (PATIENCE - 1), BETTER, *[WORSE] * (PATIENCE - 1)]:
+        assert trials.verdicts(GROUPS, now) == {}  # what helps in between starts anew
+    (reason,) = trials.verdicts(GROUPS, WORSE).values()
+    assert reason.startswith("concept 7 is not corrected any more: since its correction began, ")
 
 
 def test_what_is_not_on_trial_is_not_judged() -> None:
-    trials = on_trial()
+    trials, fewer = on_trial(), on_trial()
     trials.end(7)
-    assert trials.verdicts({7: CARRIED}, RIGHT, changed(60, to=False), LABELS) == {}
-    assert on_trial().verdicts({7: CARRIED[:9]}, None, RIGHT[:9], LABELS[:9]) == {}  # other images
+    for _ in range(PATIENCE):
+        assert trials.verdicts(GROUPS, WORSE) == {}
+        assert fewer.verdicts({7: (OWN[:9], CARRIED[:9])}, WORSE[:9]) == {}  # other images
 
 
 def test_a_trial_goes_on_from_its_state() -> None:
-    trials, other, little = on_trial(), Trials(), changed(1, to=False)
-    trials.verdicts({7: CARRIED}, RIGHT, little, LABELS)
+    trials, other = on_trial(), Trials()
+    for _ in range(PATIENCE - 1):
+        trials.verdicts(GROUPS, WORSE)
     other.load_state_dict(trials.state_dict())
-    assert list(other.verdicts({7: CARRIED}, RIGHT, little, LABELS)) == [7]
+    assert list(other.verdicts(GROUPS, WORSE)) == [7]

@@ -85,13 +85,10 @@ def test_a_restored_concept_stays_vetoed_until_it_is_approved() -> None:
     assert concept in guard.erased
 
 
-def harm(
-    self: Trials, carried: dict[int, Tensor], without: Tensor | None, now: Tensor, labels: Tensor
-) -> dict[int, str]:
+def harm(self: Trials, groups: dict[int, tuple[Tensor, Tensor]], now: Tensor) -> dict[int, str]:
     """Say of every correction on trial that it harms."""
-    assert without is not None  # something is projected out, so that both can be compared
-    assert without.shape == now.shape == labels.shape
-    return {i: f"concept {i} does harm" for i in carried if i in self.right}
+    assert all(own.shape == carried.shape == now.shape for own, carried in groups.values())
+    return {i: f"concept {i} does harm" for i in groups if i in self.right}
 
 
 def test_a_correction_that_harms_is_withdrawn_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
