@@ -57,7 +57,10 @@ def refit(
     Source: Kirichenko et al. (2023), arXiv 2204.02937, section 4 (the last layer is fitted again,
     to held-out images whose groups are known); Qiu et al. (2023), arXiv 2306.11074, section 3 (a
     pull towards the classifier there was).
-    Departure: no group is known here.
+    Departure: no group is known here, and the classifier is not fitted from nothing. On photos of
+    actions in other places .545 of the test images were right without this fit, .747 with it, .663
+    with a classifier fitted to the same held-out images from nothing; on digits with 1 %
+    conflicting colours .70 and .81, and .69 from nothing (one seed each).
 
     Args:
         rows: `(N, C)` activations of held-out images, as the classifier gets them.
