@@ -63,8 +63,8 @@ def benefit(before: Tensor, after: Tensor, own: Tensor, carried: Tensor) -> Bene
     return Benefit(float(torch.stack(gains).mean()), error, len(gains))
 
 
-class Trials:
-    """Corrections on trial: what was right before them, and for how long they have not helped.
+class Probation:
+    """Corrections on probation: what was right before them, and for how long they have not helped.
 
     Attributes:
         right: Concept id to `(N,)` bool, which probe images were right when its correction began.
@@ -76,7 +76,7 @@ class Trials:
         self.idle: dict[int, int] = {}
 
     def begin(self, concept: int, right: Tensor) -> None:
-        """Put a correction on trial.
+        """Put a correction on probation.
 
         Args:
             concept: Id of the concept.
@@ -88,7 +88,7 @@ class Trials:
         """Forget a correction, or exempt it because a person wants it.
 
         Args:
-            concept: Id of the concept; nothing happens if it is not on trial.
+            concept: Id of the concept; nothing happens if it is not on probation.
         """
         self.right.pop(concept, None)
         self.idle.pop(concept, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from concept_guard import state
-from concept_guard.benefit import Trials
+from concept_guard.benefit import Probation
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts
 from concept_guard.directions import DirectionPairs
@@ -56,7 +56,7 @@ class Corrector:
         self.penalty = Penalty(tap, self.erasure, config)
         self._ramp, self._updates = ramp, 0  # since the first of them came
         self._counts = GroupCounts()
-        self._trials = Trials()
+        self._probation = Probation()
         self._reference: tuple[Tensor, Tensor, Tensor] | None = None  # indices, images, labels
 
     @property
@@ -138,7 +138,7 @@ class Corrector:
         self._set([*found.tracked, *map(_begun, list(new.values())[:room])], reading)
         self.flags |= {i: c.flag for i, c in list(new.items())[:room]}
         for i in list(new)[:room]:
-            self._trials.begin(i, reading.logits.argmax(dim=1) == reading.labels)
+            self._probation.begin(i, reading.logits.argmax(dim=1) == reading.labels)
         return if_erased
 
     def withdraw(self, reading: Reading) -> list[str]:
@@ -160,7 +160,7 @@ class Corrector:
         }
         instead = tail_of(self._tap, self._probe, reading, on_top=False)
         now = instead(self._tap.edit, None).argmax(dim=1).to(reading.labels) == reading.labels
-        reasons = self._trials.verdicts(groups, now)
+        reasons = self._probation.verdicts(groups, now)
         if reasons:
             self._change_to([t for t in self.tracked if t.concept not in reasons], reading)
             self.vetoed |= set(reasons)
@@ -198,7 +198,7 @@ class Corrector:
             raise ValueError(f"cannot be erased together: {'; '.join(twins)}. Erase one of them.")
         self.add(chosen, reading)
         for i in ids:
-            self._trials.end(i)
+            self._probation.end(i)
         self.vetoed -= set(ids)
 
     def add(self, candidates: Iterable[Candidate], reading: Reading) -> None:
@@ -285,7 +285,7 @@ class Corrector:
             "approved": sorted(self.approved),
             "subspace": state.from_subspace(self.erasure.subspace),
             "counts": {i: counts.clone() for i, counts in self._counts.counts.items()},
-            "trials": self._trials.state_dict(),
+            "probation": self._probation.state_dict(),
             "updates": self._updates,
             "penalty": self.penalty.state_dict(),
         }
@@ -300,7 +300,7 @@ class Corrector:
         self.flags = {i: Flag(**flag) for i, flag in saved["flags"].items()}
         self.vetoed, self.approved = set(saved["vetoed"]), set(saved["approved"])
         self._counts.counts = {i: counts.clone() for i, counts in saved["counts"].items()}
-        self._trials.load_state_dict(saved["trials"])
+        self._probation.load_state_dict(saved["probation"])
         self._updates = saved["updates"]
         self.penalty.load_state_dict(saved["penalty"])
         self.erasure.strengthen(self.strength)
@@ -336,8 +336,8 @@ class Corrector:
 
     def _listen(self) -> None:
         """Have the activations of training batches kept while something needs them."""
-        for concept in self._trials.right.keys() - {t.concept for t in self.tracked}:
-            self._trials.end(concept)
+        for concept in self._probation.right.keys() - {t.concept for t in self.tracked}:
+            self._probation.end(concept)
         self._tap.listening = self.rebalancing or self.erasure.adapting or self.penalty.active
 
     def _reference_set(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concept_guard.benefit import PATIENCE, Trials, benefit
+from concept_guard.benefit import PATIENCE, Probation, benefit
 
 
 def test_the_gain_is_the_mean_of_the_groups_changes() -> None:
@@ -50,10 +50,10 @@ RIGHT = torch.arange(400) % 3 > 0
 GROUPS = {7: (OWN, CARRIED)}
 
 
-def on_trial() -> Trials:
-    trials = Trials()
-    trials.begin(7, RIGHT)
-    return trials
+def on_probation() -> Probation:
+    probation = Probation()
+    probation.begin(7, RIGHT)
+    return probation
 
 
 def changed(images: int, *, to: bool) -> Tensor:
@@ -67,30 +67,30 @@ WORSE, BETTER = changed(9, to=False), changed(9, to=True)
 
 
 def test_a_correction_that_helps_goes_on_and_so_does_one_that_changes_nothing() -> None:
-    trials = on_trial()
+    probation = on_probation()
     for now in (BETTER, RIGHT) * PATIENCE:
-        assert trials.verdicts(GROUPS, now) == {}
+        assert probation.verdicts(GROUPS, now) == {}
 
 
 def test_one_that_does_not_help_is_withdrawn_after_some_rounds_in_a_row() -> None:
-    trials = on_trial()
+    probation = on_probation()
     for now in [*[WORSE] * (PATIENCE - 1), BETTER, *[WORSE] * (PATIENCE - 1)]:
-        assert trials.verdicts(GROUPS, now) == {}  # what helps in between starts anew
-    (reason,) = trials.verdicts(GROUPS, WORSE).values()
+        assert probation.verdicts(GROUPS, now) == {}  # what helps in between starts anew
+    (reason,) = probation.verdicts(GROUPS, WORSE).values()
     assert reason.startswith("concept 7 is not corrected any more: since its correction began, ")
 
 
-def test_what_is_not_on_trial_is_not_judged() -> None:
-    trials, fewer = on_trial(), on_trial()
-    trials.end(7)
+def test_what_is_not_on_probation_is_not_judged() -> None:
+    probation, fewer = on_probation(), on_probation()
+    probation.end(7)
     for _ in range(PATIENCE):
-        assert trials.verdicts(GROUPS, WORSE) == {}
+        assert probation.verdicts(GROUPS, WORSE) == {}
         assert fewer.verdicts({7: (OWN[:9], CARRIED[:9])}, WORSE[:9]) == {}  # other images
 
 
-def test_a_trial_goes_on_from_its_state() -> None:
-    trials, other = on_trial(), Trials()
+def test_probation_goes_on_from_its_state() -> None:
+    probation, other = on_probation(), Probation()
     for _ in range(PATIENCE - 1):
-        trials.verdicts(GROUPS, WORSE)
-    other.load_state_dict(trials.state_dict())
+        probation.verdicts(GROUPS, WORSE)
+    other.load_state_dict(probation.state_dict())
     assert list(other.verdicts(GROUPS, WORSE)) == [7]

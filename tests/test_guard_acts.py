@@ -25,7 +25,7 @@ from worlds import (
 )
 
 from concept_guard import ConceptGuard
-from concept_guard.benefit import Trials
+from concept_guard.benefit import Probation
 
 
 def statuses(guard: ConceptGuard) -> dict[int, str]:
@@ -85,8 +85,8 @@ def test_a_restored_concept_stays_vetoed_until_it_is_approved() -> None:
     assert concept in guard.erased
 
 
-def harm(self: Trials, groups: dict[int, tuple[Tensor, Tensor]], now: Tensor) -> dict[int, str]:
-    """Say of every correction on trial that it harms."""
+def harm(self: Probation, groups: dict[int, tuple[Tensor, Tensor]], now: Tensor) -> dict[int, str]:
+    """Say of every correction on probation that it harms."""
     assert all(own.shape == carried.shape == now.shape for own, carried in groups.values())
     return {i: f"concept {i} does harm" for i in groups if i in self.right}
 
@@ -97,7 +97,7 @@ def test_a_correction_that_harms_is_withdrawn_and_said_so(monkeypatch: pytest.Mo
     (concept,) = guard.erased
     assert guard.round() is not None
     assert guard.erased == (concept,)  # control: it helps
-    monkeypatch.setattr(Trials, "verdicts", harm)
+    monkeypatch.setattr(Probation, "verdicts", harm)
     report = guard.round()
     assert report is not None
     assert guard.erased == report.erased == ()
@@ -112,7 +112,7 @@ def test_what_a_person_erased_is_not_withdrawn(monkeypatch: pytest.MonkeyPatch) 
     guard = flagging()
     concept = the_flagged(guard)
     guard.erase(concept)
-    monkeypatch.setattr(Trials, "verdicts", harm)
+    monkeypatch.setattr(Probation, "verdicts", harm)
     guard.round()
     assert concept in guard.erased
 
