@@ -18,6 +18,7 @@ from worlds import (
     PROBE,
     UPDATES,
     correcting,
+    erased_at,
     fallen,
     flagging,
     held_out,
@@ -132,19 +133,6 @@ def test_what_cannot_be_refitted_is_said_and_left_alone(
     with untouched(model):
         guard.bake()
     assert guard.baked.startswith(f"classifier not refitted: {reason}")
-
-
-def erased_at(model: nn.Module, tap: str) -> ConceptGuard:
-    """Return a guard that has erased a concept there."""
-    config = {"tap": tap, "concepts": 4, "action": "project", "max_erased": 1}
-    guard = ConceptGuard(model, probe=world(PROBE, 120).loader(), config=config)
-    report = guard.round()
-    assert report is not None
-    for concept in report.concepts:
-        if not guard.erased and concept.presence_rate < 1:
-            guard.erase(concept.id)
-    assert guard.erased
-    return guard
 
 
 @pytest.mark.parametrize(

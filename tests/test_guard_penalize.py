@@ -17,6 +17,7 @@ from worlds import (
     QUICK,
     UPDATES,
     correcting,
+    erased_at,
     fallen,
     held_out,
     logits,
@@ -40,13 +41,7 @@ def penalizing(model: nn.Module, tap: str = "pre_logits", **config: object) -> C
     if tap == "pre_logits":
         guard = correcting(model, action="penalize", start=1000, **config)
     else:
-        settings = {"tap": tap, "concepts": 4, "action": "penalize", "max_erased": 1, **config}
-        guard = ConceptGuard(model, probe=world(PROBE, 120).loader(), config=settings)
-        report = guard.round()
-        assert report is not None
-        for concept in report.concepts:
-            if not guard.erased and concept.presence_rate < 1:
-                guard.erase(concept.id)
+        guard = erased_at(model, tap, **{"action": "penalize", **config})
     assert guard.erased
     calls = EVERY * (MEASURED + 1) - 1 if tap == BEHIND else MEASURED + 1
     kept = copy.deepcopy(model.state_dict())

@@ -161,6 +161,19 @@ def correcting(model: nn.Module | None = None, **config: object) -> ConceptGuard
     return guard
 
 
+def erased_at(model: nn.Module, tap: str, **config: object) -> ConceptGuard:
+    """Return a guard that has erased a concept there, whatever it is."""
+    settings = {"tap": tap, "concepts": 4, "action": "project", "max_erased": 1, **config}
+    guard = ConceptGuard(model, probe=world(PROBE, 120).loader(), config=settings)
+    report = guard.round()
+    assert report is not None
+    for concept in report.concepts:
+        if not guard.erased and concept.presence_rate < 1:
+            guard.erase(concept.id)
+    assert guard.erased
+    return guard
+
+
 def the_flagged(guard: ConceptGuard) -> int:
     assert guard.report is not None
     (concept,) = guard.report.flagged
