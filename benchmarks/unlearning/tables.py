@@ -2,11 +2,24 @@
 
 import csv
 import statistics
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 from scipy.stats import t
 
-FIELDS = ("task", "seed", "method", "measure", "value", "note", "seconds")
+FIELDS = ("task", "seed", "method", "measure", "value", "note", "seconds", "commit", "date")
+
+
+def commit() -> str:
+    """Return the commit of this checkout, `-dirty` behind it where files differ; "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
 
 
 class Rows:
@@ -14,6 +27,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.commit = commit()
         self.read: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf8") as file:
@@ -38,14 +52,10 @@ class Rows:
         seconds: float,
     ) -> None:
         """Write and print the scores of one run."""
+        today = datetime.now(UTC).date().isoformat()
+        rest = (note, f"{seconds:.1f}", self.commit, today)
         new = [
-            dict(
-                zip(
-                    FIELDS,
-                    (task, str(seed), method, k, f"{v:.4f}", note, f"{seconds:.1f}"),
-                    strict=True,
-                )
-            )
+            dict(zip(FIELDS, (task, str(seed), method, k, f"{v:.4f}", *rest), strict=True))
             for k, v in scores.items()
         ]
         with self.path.open("a", newline="", encoding="utf8") as file:
