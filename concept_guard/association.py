@@ -105,7 +105,7 @@ def _differences(
     size0 = weight.square() / _of_others(n0 * share.square()).clamp_min(1e-300)
     low1, high1 = _wilson(rate1, size1)
     low0, high0 = _wilson(rate0, size0)
-    difference = rate1 - rate0
+    difference = (rate1 - rate0).clamp(-1.0, 1.0)  # rounding may leave a rate above 1
     low = difference - ((rate1 - low1).square() + (high0 - rate0).square()).sqrt()
     high = difference + ((high1 - rate1).square() + (rate0 - low0).square()).sqrt()
     nothing = torch.zeros_like(difference)

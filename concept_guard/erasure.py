@@ -198,15 +198,9 @@ class Erasure:
             reading = self._read()
         except ValueError as error:
             return f"classifier not refitted: {error}"
-        rows, labels = reading.rows, reading.labels
-        weights = torch.ones(len(labels), dtype=torch.float64)
-        if concepts:
-            present = [carriers_in(t, reading).any(dim=1).cpu() for t in concepts]
-            carried = torch.stack(present).any(dim=0)
-            counts = grouped(labels, carried, classifier.out_features)
-            weights = weight_table(counts, math.inf)[labels.cpu(), carried.long()]
+        rows, weights = reading.rows, _evened(reading, concepts)
         rows = (rows if edit is None else edit(rows))[:, 0]
-        found = refit(rows, labels, weights.to(rows.device), classifier, seed=self._config.seed)
+        found = refit(rows, reading.labels, weights, classifier, seed=self._config.seed)
         if not found.supported:
             return f"classifier not refitted: {found}"
         with torch.no_grad():
@@ -229,6 +223,22 @@ class Erasure:
                 "probe, expected finite ones; lower the learning rate"
             )
         return reading
+
+
+def _evened(reading: Reading, concepts: Sequence[Tracked]) -> Tensor:
+    """Return `(N,)` how much each image counts in a refit, mean 1.
+
+    In every class the images with and without a concept under correction weigh the same in all.
+    Where there is none, those that are predicted wrong and right do: what misleads the network is
+    rare among its images, or it would not have been learnt, and no concept may explain it.
+    """
+    if concepts:
+        present = [carriers_in(t, reading).any(dim=1) for t in concepts]
+        rare = torch.stack(present).any(dim=0).to(reading.labels.device)
+    else:
+        rare = reading.logits.argmax(dim=1) != reading.labels
+    counts = grouped(reading.labels, rare, reading.logits.shape[1])
+    return weight_table(counts, math.inf).to(reading.labels.device)[reading.labels, rare.long()]
 
 
 def _subspace(reading: Reading, present: Sequence[Tensor]) -> Subspace | None:

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from worlds import (
     CLASSES,
     NET,
@@ -30,7 +30,8 @@ from worlds import (
     world,
 )
 
-from concept_guard import BakeError, ConceptGuard
+from concept_guard import BakeError, ConceptGuard, erasure
+from concept_guard.refit import Refit, refit
 
 KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -105,6 +106,31 @@ def test_baking_fits_the_classifier_to_the_probe_and_nothing_else(untouched: Unt
     with untouched(model):
         guard.bake()
     assert guard.baked.startswith("classifier not refitted: ")  # it is now as the probe wants it
+
+
+def test_where_nothing_is_flagged_wrong_predictions_count_as_much_as_right_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def listening(
+        rows: Tensor, labels: Tensor, weights: Tensor, classifier: nn.Linear, *, seed: int
+    ) -> Refit:
+        seen.update(labels=labels, weights=weights, wrong=classifier(rows).argmax(1) != labels)
+        return refit(rows, labels, weights, classifier, seed=seed)
+
+    monkeypatch.setattr(erasure, "refit", listening)
+    model = fallen()
+    guard = ConceptGuard(model, probe=world(PROBE).loader(), config={"action": ["refit"]})
+    guard.bake()  # without a round
+    labels, weights, wrong = seen["labels"], seen["weights"], seen["wrong"]
+    divided = [k for k in range(CLASSES) if bool(wrong[labels == k].any())]
+    assert divided
+    for k in divided:
+        of_right, of_wrong = (weights[(labels == k) & (wrong == is_wrong)] for is_wrong in (0, 1))
+        assert float(of_wrong.sum()) == pytest.approx(float(of_right.sum()))
+        assert float(of_wrong.min()) > 1.5 * float(of_right.max())  # control: they are rarer
+    assert float(weights.mean()) == pytest.approx(1.0)
 
 
 def test_a_refit_goes_on_top_of_the_projection() -> None:
