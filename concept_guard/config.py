@@ -98,7 +98,8 @@ class GuardConfig(StrictModel):
         concepts: Direction pairs per round; `auto` chooses from the data.
         start: Updates before the first round, or epochs such as `1ep`.
         every: Updates between rounds, or epochs.
-        track_every: Updates between re-estimations of the tracked pairs, or epochs.
+        track_every: Updates between re-estimations of the tracked pairs while they move, or
+            epochs; up to four times as many while they do not.
         action: What is done about a flagged concept: any of `project`, `penalize` and
             `rebalance`, always in this order; and whether baking may `refit` the classifier to
             the probe. Empty means observe only.

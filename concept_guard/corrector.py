@@ -233,12 +233,16 @@ class Corrector:
         if len(left) < len(self.tracked):
             self._change_to(left, None)
 
-    def track(self) -> None:
+    def track(self) -> float:
         """Re-estimate the tracked pairs, which weigh samples, from the reference images.
 
         What is projected out is estimated from the whole probe, at rounds and at baking: nine
         colours of digits erased as 320 reference images show them left .57 of the images right,
         as 1,000 show them .73.
+
+        Returns:
+            Share of the reference rows that the pairs of before read otherwise than the new ones,
+            of the concept where it is largest.
 
         Raises:
             ValueError: If their activations are not finite; the pairs stay as they are.
@@ -250,11 +254,15 @@ class Corrector:
                 f"activations at tap {self._config.tap!r} hold NaN or infinite values on the "
                 "reference images, expected finite ones; lower the learning rate"
             )
-        moved = []
+        moved, misread = [], 0.0
         for tracked in self.tracked:
             at = torch.searchsorted(indices, tracked.images).to(reading.rows.device)
-            moved.append(tracked.moved_to(reading.rows[at], reading.labels[at]))
+            rows = reading.rows[at]
+            moved.append(tracked.moved_to(rows, reading.labels[at]))
+            otherwise = tracked.read(rows) != moved[-1].read(rows)
+            misread = max(misread, float(otherwise.float().mean()))
         self.tracked = tuple(moved)
+        return misread
 
     def bake(self) -> str:
         """Fit the classifier again, fold the projection into it and stop correcting.

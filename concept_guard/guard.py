@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from concept_guard import state
 from concept_guard.acts import Acts
 from concept_guard.cards import Card
-from concept_guard.clock import Clock, Timetable
+from concept_guard.clock import Clock, Pace, Timetable
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.decisions import Channel, Stage
@@ -67,9 +67,8 @@ class ConceptGuard:
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.config = GuardConfig.load(config)
-        self._timetable = Timetable(
-            *(self.config.updates(name) for name in ("start", "every", "track_every"))
-        )
+        self._timetable = Timetable(self.config.updates("start"), self.config.updates("every"))
+        self._pace = Pace(self.config.updates("track_every"))
         ramp = self.config.updates("ramp")
         self._probe = probe_batches(probe, self.config.seed)
         sample = next(iter(self._probe), None)
@@ -190,8 +189,8 @@ class ConceptGuard:
         if self._round_is_due:
             self._round_is_due = False
             return self._guarded(self._round)
-        if self._corrector.tracked and self._timetable.is_tracking(self.steps):
-            self._guarded(self._corrector.track)
+        if self._corrector.tracked and self._pace.is_due(self.steps):
+            self._guarded(self._track)
         return None
 
     def round(self) -> RoundReport | None:
@@ -321,6 +320,7 @@ class ConceptGuard:
             **self._watch.last.state_dict(),
             **self._corrector.state_dict(),
             "samples": self._samples.state_dict(),
+            "pace": self._pace.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
@@ -335,6 +335,7 @@ class ConceptGuard:
             return
         state.check(saved, self._identity(), set(self.state_dict()))
         self._samples.load_state_dict(saved["samples"])
+        self._pace.load_state_dict(saved["pace"])
         self._corrector.load_state_dict(saved)
         self._watch.last = LastRound.from_state(saved, self.tap.device)
         self.steps, self._round_is_due = saved["steps"], saved["round_is_due"]
@@ -349,8 +350,14 @@ class ConceptGuard:
     def _round(self) -> RoundReport | None:
         self._acts.heed(self.steps)
         report = self._watch.round(self.steps, self._clock.share)
+        if report is not None:
+            self._pace.estimated(self.steps)
         self._tell("training")
         return report
+
+    def _track(self) -> None:
+        self._pace.estimated(self.steps)  # also if what follows fails
+        self._pace.estimated(self.steps, self._corrector.track())
 
     def _go_on(self) -> None:
         """Carry out what was decided while the run was stopped, and say that it goes on."""

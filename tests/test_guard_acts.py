@@ -283,7 +283,7 @@ def test_activations_are_kept_only_while_something_is_corrected(action: str) -> 
 def test_a_closed_guard_keeps_no_reference_images() -> None:
     model = fallen()
     guard = correcting(model)
-    train(model, stream(UPDATES + 3, first=UPDATES), guard)  # tracks once
+    train(model, stream(UPDATES + 4, first=UPDATES), guard)  # a round, then tracks once
     concept = guard._corrector.tracked[0]
     assert guard._corrector._reference is not None
     held = [weakref.ref(tensor) for tensor in (*guard._corrector._reference, concept.carriers)]

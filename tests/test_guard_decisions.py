@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, folder: Path | None, **config: object) -> None:
         self.model = fallen()
-        self.optimizer = sgd(self.model)
+        self.optimizer = sgd(self.model, lr=1e-4)  # the flags of the first round remain
         self.guard = manual(folder, self.model, **config)
         self.done = 0
 

@@ -2,13 +2,15 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
-from worlds import PROBE, net, world
+from worlds import PROBE, correcting, fallen, net, stream, train, world
 
 from concept_guard import ConceptGuard
-from concept_guard.clock import Timetable
+from concept_guard.clock import Pace, Timetable
 
 
 def rounds(guard: ConceptGuard, model: nn.Module, updates: int) -> list[int]:
@@ -62,8 +64,70 @@ def test_a_postponed_round_is_made_up_for_after_resuming(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("start", "every"), [(1, 1), (1, 8), (5, 3), (100, 200)])
 def test_the_next_round_is_the_first_that_is_due(start: int, every: int) -> None:
-    table = Timetable(start, every, 1)
+    table = Timetable(start, every)
     for step in range(start + 3 * every):
         assert table.next_round(step) == next(
             n for n in range(step + 1, start + 5 * every) if table.is_round(n)
         )
+
+
+def due(pace: Pace, misread: list[float | None], first: int = 0) -> list[int]:
+    """Return the updates at which a pace asks for estimates that misread so much."""
+    at, step = [], first
+    for share in misread:
+        step = next(n for n in range(step + 1, step + 1000) if pace.is_due(n))
+        pace.estimated(step, share)
+        at.append(step)
+    return at
+
+
+def test_pairs_that_stay_are_estimated_less_and_less_often_until_they_move() -> None:
+    still, moving = 0.01, 0.0101
+    at = due(Pace(3), [still, still, still, still, moving, moving, still])
+    assert at == [1, 7, 19, 31, 43, 46, 49]  # intervals of 6, 12, 12, 12, 3, 3
+    assert due(Pace(3), [moving] * 4) == [1, 4, 7, 10]
+    assert due(Pace(3), [still, None, None]) == [1, 7, 13]  # not known: as long as before
+
+
+def test_the_pace_is_kept_within_the_bounds_set_now() -> None:
+    pace, again = Pace(3), Pace(3)
+    due(pace, [0.0, 0.0])
+    again.load_state_dict(pace.state_dict())
+    assert due(again, [0.0] * 3, first=7) == due(pace, [0.0] * 3, first=7) == [19, 31, 43]
+    slower, faster = Pace(100), Pace(1)
+    for other in (slower, faster):
+        other.load_state_dict(pace.state_dict())
+    assert due(slower, [None, None], first=43) == [55, 155]
+    assert due(faster, [None, None], first=43) == [55, 59]
+
+
+@pytest.mark.parametrize(("misread", "expected"), [(0.0, [6, 12]), (1.0, [3] * 7)])
+def test_the_guard_tracks_at_the_pace_of_its_pairs(
+    monkeypatch: pytest.MonkeyPatch, misread: float, expected: list[int]
+) -> None:
+    model = fallen()
+    guard = correcting(model, every=10**6, track_every=3)
+    at: list[int] = []
+
+    def track() -> float:
+        at.append(guard.steps)
+        return misread
+
+    monkeypatch.setattr(guard._corrector, "track", track)
+    train(model, stream(25), guard)
+    guard.close()
+    assert [b - a for a, b in itertools.pairwise(at)] == expected
+
+
+def test_what_a_guard_measures_is_how_much_presence_its_old_pairs_misread() -> None:
+    model = fallen()
+    guard = correcting(model)
+    corrector = guard._corrector
+    corrector.track()
+    assert corrector.track() == 0.0  # nothing was trained in between
+    (old,) = corrector.tracked
+    pair = replace(old.pair, filter=-old.pair.filter)
+    corrector.tracked = (replace(old, pair=pair),)
+    assert corrector.track() > 0.3
+    assert torch.equal(corrector.tracked[0].pair.filter, old.pair.filter)
+    guard.close()

@@ -136,10 +136,10 @@ def test_observing_changes_no_bit_even_when_the_mark_is_flagged() -> None:
     plain, watched = fallen(), fallen()
     train(plain, stream(UPDATES + 9, first=UPDATES))
     guard = flagging(watched, action="observe")
-    train(watched, stream(UPDATES + 9, first=UPDATES), guard)
     assert guard.report is not None
-    assert (guard.report.step, guard.erased) == (9, ())
     assert guard.report.flagged
+    train(watched, stream(UPDATES + 9, first=UPDATES), guard)
+    assert (guard.report.step, guard.erased) == (9, ())
     assert_same(dict(plain.state_dict()), dict(watched.state_dict()))
     corrected = fallen()  # control: correcting is not harmless
     train(corrected, stream(UPDATES + 9, first=UPDATES), correcting(corrected))

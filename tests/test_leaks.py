@@ -97,7 +97,7 @@ def test_a_concept_that_comes_back_is_named_and_corrected_again() -> None:
     (concept,) = guard.erased
     again = next_round(guard)
     assert not [note for note in again.notes if "coming back" in note]  # control: no training
-    train(model, stream(UPDATES + 60, first=UPDATES), optimizer=sgd(model, lr=0.05))
+    train(model, stream(UPDATES + 200, first=UPDATES), optimizer=sgd(model, lr=0.02))
     pull = associate(
         guard._corrector.tracked[0].carriers.any(dim=1, keepdim=True),
         guard.tap.read(world(PROBE).loader(), max_rows=10**6, seed=0).logits.argmax(dim=1),

@@ -278,7 +278,7 @@ def registry(data: Path, weights: Path) -> dict[str, Task]:
         )
     for name, share in (("glyphs", 0.5), ("glyphs clean", 0.0)):
         draw = partial(splits.glyphs, share=share, elsewhere=0.1 * share)
-        tasks.append(Task(name, draw, partial(Convolutions, 3), adamw(5e-3, 0), 1000, 60, 50))
+        tasks.append(Task(name, draw, partial(Convolutions, 3), adamw(2e-3, 0), 600, 60, 50))
     tasks.append(
         Task(
             "bar",
