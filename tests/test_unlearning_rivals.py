@@ -114,6 +114,26 @@ def test_p_clarc_makes_logits_blind_to_its_vector(bench: Any, trained: tuple[Any
         assert float((model[1].weight @ u.T).abs().max()) > 0.01  # control
 
 
+def test_as_long_moves_along_signal_filter_and_random_directions(
+    bench: Any, trained: tuple[Any, ...]
+) -> None:
+    task, data, model = trained
+    rows = bench.labelled.rows_of(model, data.probe.images)
+    left, moves = {}, {}
+    for along in ("signal", "filter", "random"):
+        new = bench.labelled.LABELLED[f"marks moved, {along}"](task, model, data, 0)
+        left[along] = abs(pull(new, lambda new=new: mean_shift(bench, new, data.tests["even"])))
+        with torch.no_grad():  # what the logits lack is the move, read by the classifier
+            moves[along] = model[1](rows) - new[1](rows)
+    before = abs(pull(model, lambda: mean_shift(bench, model, data.tests["even"])))
+    assert left["signal"] < 0.1 * before
+    assert left["signal"] < left["filter"]
+    assert left["random"] > 0.3 * before  # control; 12 channels are few
+    for change in moves.values():  # one direction: of rank 1 but for a constant
+        sizes = torch.linalg.svdvals(change - change.mean(dim=0))
+        assert sizes[1] < 1e-3 * sizes[0]
+
+
 @pytest.mark.parametrize("name", ["DFR", "RR-ClArC"])
 def test_labelled_training_gains_on_images_without_the_bias(
     bench: Any, trained: tuple[Any, ...], name: str

@@ -6,6 +6,7 @@ Each takes the network that was trained plainly. Nothing here knows the guard.
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -258,6 +259,31 @@ def oracle(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module:
     return new
 
 
+def moved_once(task: Task, model: nn.Module, data: Splits, seed: int, along: str) -> nn.Module:
+    """Take the true attribute out of the rows once, along one of three directions, as far in each.
+
+    Source: the contrast of pushes along encoding, decoding and random directions of arXiv
+    2509.23926, appendix I.
+    """
+    watcher = Oracle(copy.deepcopy(model), data.probe)
+    rows = rows_of(model, data.probe.images).double()
+    pairs = [watcher.pair(rows, data.probe.marks == v) for v in watcher.values]
+    filters, signals = (torch.stack([p[k] for p in pairs]) for k in (0, 1))
+    draw = torch.Generator().manual_seed(seed)
+    other = {
+        "signal": signals,
+        "filter": filters,
+        "random": torch.randn(signals.shape, generator=draw, dtype=torch.float64),
+    }[along]
+    moves = functional.normalize(other, dim=1) * signals.norm(dim=1, keepdim=True)
+    watcher.model, levels = copy.deepcopy(model), torch.stack([p[2] for p in pairs])
+    watcher.maps = (filters.float(), moves.float(), levels.float())
+    watcher.handle = head_of(watcher.model).register_forward_pre_hook(watcher.project)
+    watcher.bake()
+    del task
+    return watcher.model
+
+
 Labelled = Callable[[Task, nn.Module, Splits, int], nn.Module]
 LABELLED: dict[str, Labelled] = {
     "DFR": dfr,
@@ -265,4 +291,5 @@ LABELLED: dict[str, Labelled] = {
     "P-ClArC": p_clarc,
     "RR-ClArC": rr_clarc,
     "oracle": oracle,
+    **{f"marks moved, {a}": partial(moved_once, along=a) for a in ("signal", "filter", "random")},
 }
