@@ -9,7 +9,7 @@ from torch import Tensor
 
 from concept_guard.directions.threads import few_threads
 
-MOST_AXES = 512
+MOST_AXES = 256
 
 
 def leading(rows: Tensor, labels: Tensor, most: int = MOST_AXES) -> Tensor:
@@ -17,7 +17,9 @@ def leading(rows: Tensor, labels: Tensor, most: int = MOST_AXES) -> Tensor:
 
     Sharpening presence solves a dozen systems of as many equations as there are channels: with
     2,048 it took 17 s per concept. Rotated rows give the same answers; what is cut is the rest of
-    the variance, in which some thousand images show nothing that is not noise.
+    the variance, in which some thousand images show nothing that is not noise: of 512 channels,
+    512, 256 and 128 axes found the same concepts in four networks (CIFAR-10 patch, digits), with
+    the patch's images at a precision of .995, .997 and .992 and a recall of 1.
 
     Args:
         rows: `(P, C)` activations.
