@@ -3,7 +3,7 @@
 Nothing here knows what a row means: no concepts, no schedule. The only file that adds hooks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -12,92 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.errors import TapError
+from concept_guard.hooks import Edit, Hook, ImagesHook, Shared
+from concept_guard.layouts import positions
 from concept_guard.probe import isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
-from concept_guard.sites import Layout, Survey, is_head, locate, positions, refuse_compiled, silence
+from concept_guard.sites import Survey, is_head, locate, refuse_compiled, silence
 
 __all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
 
 SAME_MEAN = 1e-3  # of the largest value: what rounding may leave between rows and means
-Edit = Callable[[Tensor], Tensor]
-
-
-class _Shared:
-    """What a tap, its hook, and the hooks of deep copies of the model have in common."""
-
-    def __init__(self, edit: Edit | None = None) -> None:
-        self.edit = edit
-        self.listening = False
-        self.captured: Tensor | None = None
-        self.images: Tensor | None = None
-        self.fired = 0
-        self.reading = False  # a pass of the tap's own is under way
-        self.rows: Tensor | None = None  # what that pass read
-        self.shape: tuple[int, ...] = ()  # of the activation it was read from
-
-
-class _Hook:
-    """The one hook left on the model: a pre-hook for pre_logits, else a forward hook.
-
-    Hooks of copies of the model, such as an EMA, apply the edit but never capture or count. In a
-    deep copy they follow later changes of the edit, until it is left to them; unpickled, they
-    keep the one they had.
-    """
-
-    def __init__(self, layout: Layout, shared: _Shared, *, is_copy: bool = False) -> None:
-        self._layout = layout
-        self.shared = shared
-        self._is_copy = is_copy
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Tensor | None:
-        x: Tensor = output[0] if output else args[0]
-        if not self._is_copy:
-            self._note(x, training=module.training)
-        edit = self.shared.edit
-        if edit is None or module.training:
-            return None
-        return self._layout.written(x, edit(self._layout.rows(x)))
-
-    def _note(self, x: Tensor, *, training: bool) -> None:
-        # Rows are copied: the next module may overwrite its input in place.
-        shared = self.shared
-        if shared.reading:
-            shared.rows = self._layout.rows(x).detach().to(torch.float32, copy=True)
-            shared.shape = tuple(x.shape)
-            return
-        # A compiled graph sets a flag: a counter would recompile it at every call.
-        shared.fired = 1 if torch.compiler.is_compiling() else shared.fired + 1
-        if shared.listening and training:
-            shared.captured = self._layout.rows(x).detach().to(torch.float32, copy=True)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(self._layout, self.shared, is_copy=True)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._layout, self.shared.edit)
-
-
-class _ImagesHook:
-    """The pre-hook on the model itself that remembers what a training pass was called with."""
-
-    def __init__(self, shared: _Shared | None) -> None:
-        self.shared = shared  # copies of the model have none and remember nothing
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        shared = self.shared
-        if shared is not None and shared.listening and module.training and not shared.reading:
-            first = args[0] if args else None
-            shared.images = first.detach() if isinstance(first, Tensor) else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_ImagesHook":
-        return _ImagesHook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ImagesHook, (None,)
-
-
-def _unpickled(layout: Layout, edit: Edit | None) -> _Hook:
-    return _Hook(layout, _Shared(edit), is_copy=True)
 
 
 class Tap:
@@ -135,9 +58,9 @@ class Tap:
         self.path, self._classifier, self.channels = site.path, site.classifier, site.channels
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
-        self._where, self._layout, self._shared = where, site.layout, _Shared()
-        self._hook = _Hook(self._layout, self._shared)
-        self._images_hook = _ImagesHook(self._shared)
+        self._where, self._layout, self._shared = where, site.layout, Shared()
+        self._hook = Hook(self._layout, self._shared)
+        self._images_hook = ImagesHook(self._shared)
         with ExitStack() as stack:
             if keep_images and self._classifier is None:
                 stack.callback(self._model.register_forward_pre_hook(self._images_hook).remove)
@@ -200,7 +123,7 @@ class Tap:
 
     def leave_edit_to_copies(self) -> None:
         """Drop the edit here; deep copies of the model keep it and no longer follow."""
-        self._shared, left = _Shared(), self._shared
+        self._shared, left = Shared(), self._shared
         self._shared.listening, self._shared.fired = left.listening, left.fired
         self._hook.shared = self._images_hook.shared = self._shared
 
