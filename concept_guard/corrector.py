@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from concept_guard import state
@@ -19,12 +18,13 @@ from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.flags import Candidate, Flag
 from concept_guard.influence import Tail
 from concept_guard.penalty import Penalty
-from concept_guard.probe import Batches, images_at
+from concept_guard.probe import Batches
 from concept_guard.reading import Reading
+from concept_guard.references import References
 from concept_guard.rounds import Findings, as_tracked
 from concept_guard.tail import tail_of
 from concept_guard.taps import Tap
-from concept_guard.tracking import Tracked, reference_images
+from concept_guard.tracking import Tracked
 from concept_guard.trial import Trial, twin
 
 
@@ -57,7 +57,7 @@ class Corrector:
         self._ramp, self._updates = ramp, 0  # since the first of them came
         self._counts = GroupCounts()
         self._probation = Probation()
-        self._reference: tuple[Tensor, Tensor, Tensor] | None = None  # indices, images, labels
+        self._references = References(tap, probe, config)
 
     @property
     def rebalancing(self) -> bool:
@@ -238,30 +238,14 @@ class Corrector:
 
         What is projected out is estimated from the whole probe, at rounds and at baking: nine
         colours of digits erased as 320 reference images show them left .57 of the images right,
-        as 1,000 show them .73.
+        as 1,000 show them .73. If activations are not finite, a `ValueError` says so and the pairs
+        stay as they are.
 
         Returns:
             Share of the reference rows that the pairs of before read otherwise than the new ones,
             of the concept where it is largest.
-
-        Raises:
-            ValueError: If their activations are not finite; the pairs stay as they are.
         """
-        indices, images, labels = self._reference_set()
-        reading = self._tap.read(iter(_cut(images, labels)), max_rows=2**62, seed=0)
-        if not bool(torch.isfinite(reading.rows).all()):
-            raise ValueError(
-                f"activations at tap {self._config.tap!r} hold NaN or infinite values on the "
-                "reference images, expected finite ones; lower the learning rate"
-            )
-        moved, misread = [], 0.0
-        for tracked in self.tracked:
-            at = torch.searchsorted(indices, tracked.images).to(reading.rows.device)
-            rows = reading.rows[at]
-            moved.append(tracked.moved_to(rows, reading.labels[at]))
-            otherwise = tracked.read(rows) != moved[-1].read(rows)
-            misread = max(misread, float(otherwise.float().mean()))
-        self.tracked = tuple(moved)
+        self.tracked, misread = self._references.estimated(self.tracked)
         return misread
 
     def bake(self) -> str:
@@ -278,7 +262,8 @@ class Corrector:
 
     def close(self) -> None:
         """Let go of reference images and tracked concepts."""
-        self.tracked, self._reference = (), None
+        self.tracked = ()
+        self._references.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the part of the guard's state that is kept here.
@@ -313,24 +298,17 @@ class Corrector:
         self.penalty.load_state_dict(saved["penalty"])
         self.erasure.strengthen(self.strength)
         self.erasure.put_back(state.to_subspace(saved["subspace"], self._tap.device))
-        self._reference = None
+        self._references.forget()
         self._listen()
 
     def _set(self, concepts: list[Tracked], reading: Reading) -> None:
         """Track these concepts, each with references drawn anew from its carriers."""
-        tracked = []
-        room = self._config.reference_images // max(1, len(concepts))
         for concept in concepts:
-            carried = concept.carriers.any(dim=1).to(reading.labels.device)
-            k, seed = concept.class_index, self._config.seed
-            at = reference_images(carried, reading.labels, k, room, seed=seed)
-            images = reading.indices.cpu()[at]
-            present = concept.carriers.cpu()[at]
-            tracked.append(replace(concept, images=images, present=present))
             if concept.concept not in self._counts.counts:
+                carried = concept.carriers.any(dim=1).to(reading.labels.device)
                 num_classes = reading.logits.shape[1]
                 self._counts.start(concept.concept, reading.labels, carried, num_classes)
-        self._change_to(tracked, reading)
+        self._change_to(self._references.drawn(concepts, reading), reading)
 
     def _change_to(self, concepts: Sequence[Tracked], reading: Reading | None) -> None:
         """Correct these concepts and no other; None reads the probe anew, if it is needed."""
@@ -339,7 +317,8 @@ class Corrector:
         self.erasure.strengthen(self.strength)
         self.erasure.take_out(concepts, reading)
         self.penalty.follow(t.concept for t in concepts)
-        self.tracked, self._reference = tuple(concepts), None
+        self.tracked = tuple(concepts)
+        self._references.forget()
         self._listen()
 
     def _listen(self) -> None:
@@ -347,13 +326,6 @@ class Corrector:
         for concept in self._probation.right.keys() - {t.concept for t in self.tracked}:
             self._probation.end(concept)
         self._tap.listening = self.rebalancing or self.erasure.adapting or self.penalty.active
-
-    def _reference_set(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return indices, images and labels of all reference images, read once and kept."""
-        if self._reference is None:
-            indices = torch.cat([t.images for t in self.tracked]).unique()
-            self._reference = (indices, *images_at(self._probe, indices))
-        return self._reference
 
 
 def _once(candidate: Candidate) -> Tracked:
@@ -370,7 +342,3 @@ def _once(candidate: Candidate) -> Tracked:
 def _begun(candidate: Candidate) -> Tracked:
     """Return a candidate with its carriers, without reference images yet."""
     return replace(_once(candidate), carriers=candidate.present, separation=candidate.separation)
-
-
-def _cut(images: Tensor, labels: Tensor, size: int = 64) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(images.split(size), labels.split(size), strict=True)

@@ -285,8 +285,10 @@ def test_a_closed_guard_keeps_no_reference_images() -> None:
     guard = correcting(model)
     train(model, stream(UPDATES + 4, first=UPDATES), guard)  # a round, then tracks once
     concept = guard._corrector.tracked[0]
-    assert guard._corrector._reference is not None
-    held = [weakref.ref(tensor) for tensor in (*guard._corrector._reference, concept.carriers)]
+    assert guard._corrector._references.held is not None
+    held = [
+        weakref.ref(tensor) for tensor in (*guard._corrector._references.held, concept.carriers)
+    ]
     del concept
     guard.close()
     gc.collect()

@@ -32,7 +32,7 @@ LAYERS = [
     {"rounds"},
     {"records", "cards", "measures", "localisation"},
     {"explanation", "health"},
-    {"logs", "state", "tail"},
+    {"logs", "state", "tail", "references"},
     {"corrector", "last_round", "leaks"},
     {"reporting", "sampling"},
     {"watch", "rebalancing"},
