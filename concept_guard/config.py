@@ -110,6 +110,8 @@ class GuardConfig(StrictModel):
         strength: Share of a concept's influence to take away, in (0, 1], on every model: of its
             excess factor (`project`), of its pull on the logits, as their standard deviation
             shows it (`penalize`), of the log ratio of the groups' sizes (`rebalance`).
+        gate: Whether only rows in which a concept is read are projected, softly. Such a correction
+            cannot be baked.
         ramp: Updates over which the strength grows from 0 to its value, or epochs; 0 for none.
             It begins when the first concept comes under correction, for all that follow too,
             until none is left.
@@ -131,6 +133,7 @@ class GuardConfig(StrictModel):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     approve: Literal["auto", "manual"] = "auto"
     strength: float = Field(default=1.0, gt=0, le=1)
+    gate: bool = False
     ramp: Annotated[int | str, BeforeValidator(_parse_ramp)] = 0
     budget: Annotated[float | None, BeforeValidator(_parse_budget)] = None
     max_rows: int = Field(default=200_000, ge=1)

@@ -131,7 +131,7 @@ class Corrector:
         new = {i: c for i, c in found.candidates.items() if self.status(c.flag) == "found"}
         if_erased = None
         if new:
-            together = self.erasure.of(reading, [c.present for c in new.values()])
+            together = self.erasure.of(reading, [*map(_begun, new.values())])
             if together is not None:
                 if_erased = self.tail(reading)(together, None)
         room = max(0, self._config.max_erased - len(self.tracked)) if self._config.action else 0
@@ -246,6 +246,7 @@ class Corrector:
             of the concept where it is largest.
         """
         self.tracked, misread = self._references.estimated(self.tracked)
+        self.erasure.follow(self.tracked)
         return misread
 
     def bake(self) -> str:
@@ -297,7 +298,8 @@ class Corrector:
         self._updates = saved["updates"]
         self.penalty.load_state_dict(saved["penalty"])
         self.erasure.strengthen(self.strength)
-        self.erasure.put_back(state.to_subspace(saved["subspace"], self._tap.device))
+        subspace = state.to_subspace(saved["subspace"], self._tap.device)
+        self.erasure.put_back(subspace, self.tracked)
         self._references.forget()
         self._listen()
 

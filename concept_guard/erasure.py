@@ -11,6 +11,7 @@ from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.correction import (
+    Gate,
     Projection,
     bake_into,
     calibrated,
@@ -89,7 +90,7 @@ class Erasure:
         if concepts:
             reading = self._read() if reading is None else reading
             subspace = self._estimated(reading, [carriers_in(t, reading) for t in concepts])
-        self.put_back(subspace)
+        self.put_back(subspace, concepts)
         self.settled = True
 
     def seen_in(
@@ -107,19 +108,35 @@ class Erasure:
         """
         present = [carriers_in(t, reading)[at.to(t.carriers.device)] for t in concepts]
         subspace = self._estimated(reading.part(at), present)
-        return None if subspace is None else projection(subspace, self._strength)
+        gate = self._gate(concepts)
+        return None if subspace is None else projection(subspace, self._strength, gate)
 
-    def put_back(self, subspace: Subspace | None) -> None:
+    def put_back(self, subspace: Subspace | None, concepts: Sequence[Tracked]) -> None:
         """Project a subspace out as it was estimated before.
 
         Args:
             subspace: Or None for nothing.
+            concepts: Whose subspace it is.
         """
         self.subspace = subspace
         if subspace is None or "project" not in self._config.action:
             self._tap.edit = None
         else:
-            self._tap.edit = projection(subspace, self._strength)
+            self._tap.edit = projection(subspace, self._strength, self._gate(concepts))
+
+    def follow(self, concepts: Sequence[Tracked]) -> None:
+        """Have a gate read rows by the pairs of concepts as they are now.
+
+        Args:
+            concepts: Those that are projected out, in the same order.
+        """
+        edit, gate = self._tap.edit, self._gate(concepts)
+        if isinstance(edit, Projection) and edit.gate is not None and gate is not None:
+            for name in ("filters", "thresholds", "widths"):  # in place: nothing recompiles
+                getattr(edit.gate, name).copy_(getattr(gate, name))
+
+    def _gate(self, concepts: Sequence[Tracked]) -> Gate | None:
+        return Gate(concepts) if self._config.gate and concepts else None
 
     def strengthen(self, strength: float) -> None:
         """Take another share of the excess factors away from now on.
@@ -145,24 +162,25 @@ class Erasure:
         if concepts and not self.settled and "project" in self._config.action:
             self.take_out(concepts, None)
 
-    def of(self, reading: Reading, present: Sequence[Tensor]) -> Projection | None:
+    def of(self, reading: Reading, concepts: Sequence[Tracked]) -> Projection | None:
         """Return the projection that takes concepts out, without acting on it.
 
         Args:
             reading: Rows and labels of the probe.
-            present: `(N, Q)` bool each, which rows carry a concept.
+            concepts: With the rows that carry them.
 
         Returns:
             The projection, None if there is nothing to take out.
         """
-        subspace = _subspace(reading, present)
-        return None if subspace is None else projection(subspace, self._config.strength)
+        subspace = _subspace(reading, [t.carriers for t in concepts])
+        gate = self._gate(concepts)
+        return None if subspace is None else projection(subspace, self._config.strength, gate)
 
     def _estimated(self, reading: Reading, present: Sequence[Tensor]) -> Subspace | None:
         """Return the subspace of concepts as a reading shows it, at the level that fits it."""
         subspace, classifier = _subspace(reading, present), self._tap.classifier
-        if subspace is None or classifier is None:
-            return subspace
+        if subspace is None or classifier is None or self._config.gate:
+            return subspace  # a gate leaves rows without a concept where they are
         carried = torch.stack(list(present)).any(dim=0)[:, 0].to(reading.rows.device)
         rows, labels = reading.rows[:, 0], reading.labels
         return calibrated(subspace, rows, labels, carried, classifier)
@@ -182,7 +200,7 @@ class Erasure:
         edit, done = self._tap.edit, ""
         if not isinstance(edit, Projection):
             return self._refit(concepts, None) if "refit" in self._config.action else done
-        classifier = check_bakeable(self._tap.classifier, self._config.tap)
+        classifier = check_bakeable(self._tap.classifier, self._config.tap, edit)
         if "refit" in self._config.action:
             done = self._refit(concepts, edit)
         bake_into(classifier, edit)

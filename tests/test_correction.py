@@ -10,6 +10,7 @@ from planted import MarkedWorld, marked_world, normal, overlapping_pairs
 from torch import Tensor, nn
 
 from concept_guard.correction import (
+    Gate,
     GroupCounts,
     Projection,
     bake_into,
@@ -111,18 +112,44 @@ def test_a_baked_classifier_gives_the_logits_of_the_projected_rows(
     [(None, "no plain linear map"), (nn.Linear(8, 4, bias=False), "a classifier without bias")],
 )
 def test_what_cannot_be_baked_exactly_is_refused_and_left_alone(
-    head: nn.Linear | None, found: str
+    rng: torch.Generator, head: nn.Linear | None, found: str
 ) -> None:
+    concepts = several(rng)
+    edit = projected(concepts)
     before = None if head is None else head.weight.detach().clone()
     with pytest.raises(
         BakeError,
         match=f"tap 'layer4' is followed by {found}, expected a Linear with bias; .*"
         "Use tap: pre_logits .* or keep the guard attached",
     ):
-        check_bakeable(head, "layer4")
+        check_bakeable(head, "layer4", edit)
     assert head is None or torch.equal(head.weight, before)
     usable = nn.Linear(8, 4)
-    assert check_bakeable(usable, "layer4") is usable  # control
+    assert check_bakeable(usable, "layer4", edit) is usable  # control
+    gated = Projection(edit.filters, edit.moves, edit.reference, Gate(concepts))
+    with pytest.raises(BakeError, match=r"gate = true: .* is no linear map.*Set gate: false"):
+        check_bakeable(usable, "layer4", gated)
+
+
+def test_a_gate_moves_the_rows_that_carry_a_concept_and_no_other(rng: torch.Generator) -> None:
+    concepts = several(rng)
+    edit = projected(concepts)
+    gated = Projection(edit.filters, edit.moves, edit.reference, Gate(concepts))
+    filters = torch.stack([t.pair.filter for t in concepts])
+    # Readings of three concepts: all at absence but one at absence, half-way, presence, beyond it.
+    readings = torch.tensor([t.pair.absent for t in concepts]).double().repeat(4, 1)
+    readings[:, 1] += torch.tensor([0.0, 0.5, 1.0, 2.0]).double()
+    rows = torch.linalg.lstsq(filters, readings.T).solution.T
+    full, moved = edit(rows) - rows, gated(rows) - rows
+    share = (moved * full).sum(dim=1) / full.square().sum(dim=1).clamp_min(1e-300)
+    # The step is a tenth of the way wide: 5 widths on either side, 3 concepts' tails at most.
+    assert share[1] == pytest.approx(0.5, abs=3e-2)
+    assert bool((share[2:] > 0.99).all())
+    assert float(moved[0].abs().max()) < 1e-9  # nothing to take out at absence
+    without = torch.linalg.lstsq(filters, readings[:1].T - 3.0).solution.T  # far below absence
+    assert float((edit(without) - without).norm()) > 1  # control: ungated rows move
+    assert float((gated(without) - without).norm()) < 1e-9
+    assert bool((Gate(concepts)(rows)[2:] > 0.99).all())
 
 
 def of_the_mark(world: MarkedWorld, concept: int = 3) -> Tracked:
