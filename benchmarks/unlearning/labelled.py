@@ -53,7 +53,7 @@ def average_group(model: nn.Module, split: Split) -> float:
 def dfr(task: Task, model: nn.Module, data: Splits, seed: int) -> nn.Module:
     """Refit the classifier on group-balanced draws of the probe.
 
-    Source: Kirichenko et al. (2022), arXiv 2204.02937, section 4: L1 logistic regression on
+    Source: Kirichenko et al. (2023), arXiv 2204.02937, section 4: L1 logistic regression on
     standardised features, averaged over 10 draws; its strength is chosen on half of a draw.
     """
     del task

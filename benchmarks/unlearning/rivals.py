@@ -20,7 +20,7 @@ GROUP_RATE = 0.01
 def jtt(task: Task, data: Splits, seed: int) -> nn.Module:
     """Train on the errors of a network stopped early, `JTT_WEIGHTS` times as often.
 
-    Source: Liu et al. (2021), arXiv 2107.09044, section 4. The factor is the one with the highest
+    Source: Liu et al. (2021), arXiv 2107.09044, algorithm 1. The factor is the one with the highest
     accuracy on the probe, which needs no group labels.
     """
     first = started(task, seed)
