@@ -17,21 +17,30 @@ MOST_CARRIERS = 200  # where the search for a sensitivity ends
 
 
 @dataclass(frozen=True, eq=False)
-class Association:
-    """How much concepts go with errors towards classes, for all (concept, class) pairs.
+class Differences:
+    """How much more often images with a concept are taken for a class than those without.
 
     Attributes:
         difference: `(K, M)` risk differences, the true class held fixed.
         low: `(K, M)` lower ends of their 95 % intervals.
         high: `(K, M)` upper ends.
-        p_value: `(K, M)` one-sided exact p-values.
-        q_value: `(K, M)` after Benjamini-Hochberg over the tables that can say something.
-        present: `(K, M)` images of other classes that carry the concept.
     """
 
     difference: Tensor
     low: Tensor
     high: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Association(Differences):
+    """How much concepts go with errors towards classes, for all (concept, class) pairs.
+
+    Attributes:
+        p_value: `(K, M)` one-sided exact p-values.
+        q_value: `(K, M)` after Benjamini-Hochberg over the tables that can say something.
+        present: `(K, M)` images of other classes that carry the concept.
+    """
+
     p_value: Tensor
     q_value: Tensor
     present: Tensor
@@ -68,32 +77,57 @@ def associate(present: Tensor, predicted: Tensor, labels: Tensor, num_classes: i
         The results, on the CPU; difference and interval are 0 where no class has images both with
         and without the concept.
     """
-    present, predicted, labels = (t.cpu() for t in (present, predicted, labels))
-    carried = present.to(torch.float64)
-    count = torch.bincount(labels, minlength=num_classes).to(torch.float64)  # (M,)
-    n1 = torch.zeros((num_classes, present.shape[1]), dtype=torch.float64)
-    n1.index_add_(0, labels, carried)  # (class, concept)
-    wrong = predicted != labels
-    difference, low, high = _differences(
-        carried[wrong], predicted[wrong], labels[wrong], n1, count[:, None] - n1
-    )
-    p_value, informative = _exact(carried[wrong], predicted[wrong], labels[wrong], n1, count)
+    found = risk_differences(present, predicted, labels, num_classes)
+    errors, n1, count = _counted(present, predicted, labels, num_classes)
+    p_value, informative = _exact(*errors, n1, count)
     q_value = np.ones_like(p_value)
     if informative.any():
         q_value[informative] = false_discovery_control(p_value[informative])
     of_others = (n1.sum(dim=0) - n1).long()
-    p, q = torch.from_numpy(p_value), torch.from_numpy(q_value)
-    return Association(*(t.T.contiguous() for t in (difference, low, high, p, q, of_others)))
+    tested = (torch.from_numpy(p_value), torch.from_numpy(q_value), of_others)
+    return Association(found.difference, found.low, found.high, *(t.T.contiguous() for t in tested))
+
+
+def risk_differences(
+    present: Tensor, predicted: Tensor, labels: Tensor, num_classes: int
+) -> Differences:
+    """Return the risk differences and intervals of `associate`, without its tests.
+
+    Args:
+        present: `(N, K)` bool, which images carry which concept.
+        predicted: `(N,)` predicted classes.
+        labels: `(N,)` classes.
+        num_classes: M.
+
+    Returns:
+        The results, on the CPU; 0 where no class has images both with and without the concept.
+    """
+    (carried, towards, own), n1, count = _counted(present, predicted, labels, num_classes)
+    n0 = count[:, None] - n1
+    found = _differences(carried, towards, own, n1, n0)
+    return Differences(*(t.T.contiguous() for t in found))
+
+
+def _counted(
+    present: Tensor, predicted: Tensor, labels: Tensor, num_classes: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """Return the errors, `(M, K)` images with each concept by class, and `(M,)` images by class.
+
+    The errors are the concepts they carry, `(E, K)`, the class they go towards and their own.
+    """
+    present, predicted, labels = (t.cpu() for t in (present, predicted, labels))
+    carried = present.to(torch.float64)
+    count = torch.bincount(labels, minlength=num_classes).to(torch.float64)
+    n1 = torch.zeros((num_classes, present.shape[1]), dtype=torch.float64)
+    n1.index_add_(0, labels, carried)
+    wrong = predicted != labels
+    return (carried[wrong], predicted[wrong], labels[wrong]), n1, count
 
 
 def _differences(
     carried: Tensor, towards: Tensor, labels: Tensor, n1: Tensor, n0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(M, K)` differences of rates and the ends of their intervals.
-
-    The first three arguments are of the errors: which concepts they carry, `(E, K)`, the class
-    they go towards and their own.
-    """
+    """Return `(M, K)` differences of rates and the ends of their intervals."""
     share = n1 / (n1 + n0).clamp_min(1)
     hits1, hits0 = torch.zeros_like(n1), torch.zeros_like(n1)
     hits1.index_add_(0, towards, carried * (1 - share)[labels])  # an image with it weighs n0 / N

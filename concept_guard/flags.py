@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from concept_guard.association import LEAST_CARRIERS, Association, associate
+from concept_guard.association import LEAST_CARRIERS, Association, risk_differences
 from concept_guard.directions import (
     Membership,
     WithinClassPair,
@@ -158,7 +158,7 @@ def confirm(
     if problem or pair is None or sharp is None:
         return Candidate(replace(flag, status="unconfirmed", reason=problem), pair, present, -1.0)
     predicted = logits.argmax(dim=1)
-    again = associate(carried[:, None], predicted, labels, logits.shape[1])
+    again = risk_differences(carried[:, None], predicted, labels, logits.shape[1])
     erased = tail(moved(pair, pair.signal, strength), None)
     caused = effect(logits, erased, labels, carried, flag.class_index)
     driven = carried & others & (predicted == flag.class_index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from concept_guard.association import associate
+from concept_guard.association import risk_differences
 from concept_guard.directions import folds, leading, readability
 from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.influence import Tail
@@ -89,7 +89,8 @@ def leaks(
         for concept, auc in zip(concepts, found, strict=True):
             if auc is not None:
                 readable.setdefault(concept.concept, []).append(auc)
-    differences = associate(carried, logits.argmax(dim=1), labels, logits.shape[1]).difference
+    predicted = logits.argmax(dim=1)
+    differences = risk_differences(carried, predicted, labels, logits.shape[1]).difference
     left = {t.concept: abs(float(differences[i, t.class_index])) for i, t in enumerate(concepts)}
     return Leaks(
         left,

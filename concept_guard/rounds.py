@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from concept_guard.association import associate
+from concept_guard.association import associate, risk_differences
 from concept_guard.config import GuardConfig
 from concept_guard.directions import (
     Concept,
@@ -228,6 +228,6 @@ def _pull(
     tracked: Tracked, predicted: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[float, float]:
     carried = tracked.carriers.any(dim=1, keepdim=True)
-    found = associate(carried, predicted, labels, num_classes)
+    found = risk_differences(carried, predicted, labels, num_classes)
     at = (0, tracked.class_index)
     return float(found.difference[at]), float(found.low[at])
