@@ -3,7 +3,7 @@
 Nothing here knows what is projected out of the rows, or when a classifier is fitted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,11 @@ from concept_guard.directions.within_class import FOLDS, folds, shrinkage_of
 
 STIFFNESS = tuple(10.0**k for k in range(5, -3, -1))  # of the prior, stiff ones first
 MOST_AXES = 256  # principal ones of the rows, in which the classifier may change
-CERTAIN = 3.0  # standard errors by which held-out images must speak for the change
+CERTAIN = 2.0  # standard errors by which held-out images must speak for the change
 TURNS = 40  # of L-BFGS, for each stiffness
+
+
+Units = Callable[[Tensor, Tensor], Tensor]  # `(n, A)` rows and `(n,)` classes to `(A, F)` steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,22 +85,22 @@ def _refit(
     weight, bias = classifier.weight.detach(), classifier.bias
     start = functional.linear(rows, weight, None if bias is None else bias.detach())
     centre, axes = rows.mean(dim=0), _principal(rows)
+    turned = (rows - centre) @ axes
     fold = folds(labels, seed)
     data = start, labels, weights
-    plain = next(_held_out(rows[:, :0], *data, fold))[0]
-    tried: list[tuple[Tensor, float, Tensor]] = []
-    for steps in (_in_rows(rows @ axes), _in_classes(rows @ axes, labels)):
-        basis = axes @ steps
-        for losses, stiffness in _held_out((rows - centre) @ basis, *data, fold):
-            worse = tried and tried[-1][2] is basis and losses.mean() > tried[-1][0].mean()
-            tried.append((losses, stiffness, basis))
+    plain = next(_held_out(turned, *data, fold, _nowhere))[0]
+    tried: list[tuple[Tensor, float, Units]] = []
+    for unit in (_in_rows, _in_classes):
+        for losses, stiffness in _held_out(turned, *data, fold, unit):
+            worse = tried and tried[-1][2] is unit and losses.mean() > tried[-1][0].mean()
+            tried.append((losses, stiffness, unit))
             if worse:
                 break
-    losses, stiffness, basis = min(tried, key=lambda t: float(t[0].mean()))
-    features = (rows - centre) @ basis
-    change = _fitted(features, *data, stiffness, None)
+    losses, stiffness, units = min(tried, key=lambda t: float(t[0].mean()))
+    steps = units(turned, labels)
+    change = _fitted(turned @ steps, *data, stiffness, None)
     gain = plain - losses
-    turn, level, scale = change.turn @ basis.T, change.level, change.scale.exp()
+    turn, level, scale = change.turn @ (axes @ steps).T, change.level, change.scale.exp()
     old = torch.zeros_like(level) if bias is None else bias.detach()
     return Refit(
         weight=scale * weight + turn,
@@ -117,8 +120,15 @@ def _principal(rows: Tensor) -> Tensor:
     return leading
 
 
-def _in_rows(rows: Tensor) -> Tensor:
+def _nowhere(rows: Tensor, labels: Tensor) -> Tensor:
+    """Return no steps: only scale and bias may change."""
+    del labels
+    return rows[:0].T
+
+
+def _in_rows(rows: Tensor, labels: Tensor) -> Tensor:
     """Return a step of one for the mean standard deviation of the rows in all directions alike."""
+    del labels
     return torch.eye(rows.shape[1]).to(rows) / rows.var(dim=0).mean().sqrt().clamp_min(1e-12)
 
 
@@ -150,14 +160,20 @@ class _Change:
 
 
 def _held_out(
-    features: Tensor, start: Tensor, labels: Tensor, weights: Tensor, fold: Tensor
+    rows: Tensor, start: Tensor, labels: Tensor, weights: Tensor, fold: Tensor, units: Units
 ) -> Iterator[tuple[Tensor, float]]:
-    """Yield `(N,)` weighed losses, each of an image that was not fitted, from stiff to loose."""
+    """Yield `(N,)` weighed losses, each of an image that was not fitted, from stiff to loose.
+
+    The units are of the fitted images too: those of all images know the classes of the others. Of
+    600 photos with 512 channels they seemed to gain .09 nats, and cost .014 of other photos.
+    """
+    parts = [(fold != k, fold == k) for k in range(FOLDS)]
+    inside = [rows @ units(rows[there], labels[there]) for there, _ in parts]
     changes: list[_Change | None] = [None] * FOLDS
     for stiffness in STIFFNESS:
         losses = torch.empty_like(weights)
-        for k in range(FOLDS):
-            there, here = fold != k, fold == k
+        for k, (there, here) in enumerate(parts):
+            features = inside[k]
             change = _fitted(
                 features[there], start[there], labels[there], weights[there], stiffness, changes[k]
             )

@@ -74,6 +74,28 @@ def test_classes_drawn_by_lot_support_nothing(rng: torch.Generator) -> None:
     assert refit(rows, labels, ones(labels), head, seed=0).supported  # control
 
 
+def test_wide_rows_do_not_betray_the_classes_of_images_that_were_left_out(
+    rng: torch.Generator,
+) -> None:
+    """Rows made white within classes show the class that was used, if there are few of them."""
+    wide = CHANNELS + 150
+    spread = torch.cat([torch.ones(CHANNELS), torch.logspace(-2, 0, 150)]).double()
+    means = torch.zeros(CLASSES, wide, dtype=torch.float64)
+    means[:, :CHANNELS] = means_of(rng)
+    head = nn.Linear(wide, CLASSES).double()
+    with torch.no_grad():
+        head.weight.copy_(means)
+        head.bias.copy_(-0.5 * means.square().sum(dim=1))
+    for seed in range(3):
+        labels = torch.randint(0, CLASSES, (300,), generator=rng)
+        rows = means[labels] + spread * normal(rng, 300, wide)
+        by_lot = torch.rand(300, generator=rng) < 0.3
+        told = torch.where(by_lot, torch.randint(0, CLASSES, (300,), generator=rng), labels)
+        found = refit(rows, told, ones(labels), head, seed=seed)
+        assert not found.supported
+        assert found.gain < 0.02
+
+
 def test_the_fit_is_that_of_a_logistic_regression(rng: torch.Generator) -> None:
     rows, labels = world(rng, HELD_OUT, means_of(rng))
     weights = 0.2 + torch.rand(HELD_OUT, generator=rng, dtype=torch.float64)
