@@ -35,14 +35,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from concept_guard import ConceptGuard, clock
+from concept_guard import ConceptGuard
 
 BATCH, PROBE, TRAIN = 64, 4096, 8000
 TURN, TURNS, TRACKED = 5, 5, 25  # updates per turn, turns per pair, updates between trackings
 NEVER = 10**9
 BOUNDS = {"observe": 1.01, "nothing": 1.01, "active": 1.08, "round": 2.0}
 assert TURN * TURNS == TRACKED  # every pair holds one re-estimation, as every such stretch does
-clock.LONGEST = 1  # the dearest case: pairs that move; at this learning rate they hardly would
 
 
 def images_of(path: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -88,8 +87,11 @@ def correct(guard: ConceptGuard) -> None:
 def stepping(
     model: nn.Module, guard: ConceptGuard | None
 ) -> Callable[[list[tuple[Tensor, Tensor]]], None]:
-    """Return a function that trains a network on some batches, with a guard or without."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    """Return a function that trains a network on some batches, with a guard or without.
+
+    At a rate at which tracked pairs move, so that they are estimated again as often as ever.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     model.train()
 
     def updates(block: list[tuple[Tensor, Tensor]]) -> None:
