@@ -77,15 +77,15 @@ def associate(present: Tensor, predicted: Tensor, labels: Tensor, num_classes: i
         The results, on the CPU; difference and interval are 0 where no class has images both with
         and without the concept.
     """
-    found = risk_differences(present, predicted, labels, num_classes)
     errors, n1, count = _counted(present, predicted, labels, num_classes)
+    found = _differences(*errors, n1, count[:, None] - n1)
     p_value, informative = _exact(*errors, n1, count)
     q_value = np.ones_like(p_value)
     if informative.any():
         q_value[informative] = false_discovery_control(p_value[informative])
     of_others = (n1.sum(dim=0) - n1).long()
-    tested = (torch.from_numpy(p_value), torch.from_numpy(q_value), of_others)
-    return Association(found.difference, found.low, found.high, *(t.T.contiguous() for t in tested))
+    p, q = torch.from_numpy(p_value), torch.from_numpy(q_value)
+    return Association(*(t.T.contiguous() for t in (*found, p, q, of_others)))
 
 
 def risk_differences(
@@ -102,9 +102,8 @@ def risk_differences(
     Returns:
         The results, on the CPU; 0 where no class has images both with and without the concept.
     """
-    (carried, towards, own), n1, count = _counted(present, predicted, labels, num_classes)
-    n0 = count[:, None] - n1
-    found = _differences(carried, towards, own, n1, n0)
+    errors, n1, count = _counted(present, predicted, labels, num_classes)
+    found = _differences(*errors, n1, count[:, None] - n1)
     return Differences(*(t.T.contiguous() for t in found))
 
 

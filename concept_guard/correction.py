@@ -23,7 +23,7 @@ MEMORY = 0.998  # decay per update of the group counts: about 500 updates
 class Gate:
     """How surely a row carries any of some concepts, as their detectors read it.
 
-    Source: arXiv 2509.23926, appendix I, and Bareeva et al. (2024), arXiv 2404.09601, section 3: a
+    Source: arXiv 2509.23926, appendix I, and Bareeva et al. (2024), arXiv 2404.09601: a
     concept is taken out of the images in which it is detected. A soft step half-way between
     absence and presence, a tenth of the way wide. On a CIFAR-10 patch with known images it makes
     no difference (.586 of the clean and .566 of the patched images right, .587 and .565 without;
