@@ -57,6 +57,10 @@ def test_a_classifier_that_leans_on_what_says_nothing_is_mended(rng: torch.Gener
     assert accuracy(found.weight, found.bias, *new) > of_ideal - 0.02
     leaning = float(found.weight[0, -1] - found.weight[1:, -1].mean())
     assert abs(leaning) < 0.1 * 12.0
+    # Of the images of the fit, as many more are right as of new ones, but for chance.
+    more = (found.mended - found.broken) / HELD_OUT
+    assert more == pytest.approx(of_ideal - of_head, abs=0.05)
+    assert found.broken > 0
 
 
 def test_the_best_classifier_is_left_alone(rng: torch.Generator) -> None:
