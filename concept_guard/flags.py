@@ -11,6 +11,7 @@ from torch import Tensor
 from concept_guard.association import LEAST_CARRIERS, Association, risk_differences
 from concept_guard.directions import (
     Membership,
+    Scatter,
     WithinClassPair,
     refine_membership,
     within_class_pair,
@@ -104,7 +105,8 @@ def confirm(
     present: Tensor,
     tail: Tail,
     *,
-    narrow: Tensor | None = None,
+    whole: Scatter | None = None,
+    narrow: Scatter | None = None,
     strength: float = 1.0,
     seed: int,
 ) -> Candidate:
@@ -133,27 +135,23 @@ def confirm(
         reading: Rows, logits and labels of the probe.
         present: `(N, Q)` bool, which rows carry the concept.
         tail: Maps an edit of the rows to logits.
-        narrow: `(P, A)` the same rows in fewer axes, to sharpen presence in; None takes them all.
+        whole: Of the reading's rows, as `(P, C)`, if that was taken before.
+        narrow: The same in fewer axes, to sharpen presence in; None takes them all.
         strength: Share of the excess factor that is erased, in (0, 1].
-        seed: Chooses the folds of the sharpening and the random directions.
+        seed: Chooses the random directions, and the folds if nothing was taken before.
 
     Returns:
         The flag, `unconfirmed` with the reason if the causes do not hold, and its pair.
     """
     rows, labels, logits = reading.rows, reading.labels, reading.logits
-    flat, flat_labels = rows.flatten(0, 1), labels.repeat_interleave(rows.shape[1])
+    if whole is None:
+        whole = Scatter(rows.flatten(0, 1), labels.repeat_interleave(rows.shape[1]), seed=seed)
     others = labels != flag.class_index
-    sharp = refine_membership(
-        flat if narrow is None else narrow,
-        flat_labels,
-        present.flatten(),
-        flag.class_index,
-        seed=seed,
-    )
+    sharp = refine_membership(narrow or whole, present.flatten(), flag.class_index)
     if sharp is not None:
         present = sharp.present.view_as(present)
     carried = present.any(dim=1)
-    pair = within_class_pair(flat, flat_labels, present.flatten())
+    pair = within_class_pair(whole, present.flatten())
     problem = _unusable(carried[others], labels[others], sharp, pair)
     if problem or pair is None or sharp is None:
         return Candidate(replace(flag, status="unconfirmed", reason=problem), pair, present, -1.0)

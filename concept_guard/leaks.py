@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from concept_guard.association import risk_differences
-from concept_guard.directions import folds, leading, readability
+from concept_guard.directions import Scatter, folds, leading, readability
 from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.influence import Tail
 from concept_guard.reading import Reading
@@ -75,6 +75,7 @@ def leaks(
         return Leaks()
     carried = torch.stack([p.any(dim=1) for p in present], dim=1)  # (N, K)
     half = folds(labels * 2 + carried.any(dim=1).long(), seed) % 2
+    axes = leading(Scatter(rows.flatten(0, 1), labels.repeat_interleave(rows.shape[1])))
     readable: dict[int, list[float]] = {}
     for side in (0, 1):
         at, others = ((half == s).nonzero().flatten() for s in (side, 1 - side))
@@ -83,9 +84,7 @@ def leaks(
         if edit is not None:
             here = edit(here)
             logits = logits.index_copy(0, at, instead(edit, at).to(logits))
-        of_rows = labels[at].repeat_interleave(here.shape[1])
-        here = leading(here.flatten(0, 1), of_rows).unflatten(0, here.shape[:2])
-        found = readability(here, labels[at], torch.stack(present, dim=2)[at], seed=seed)
+        found = readability(here @ axes, labels[at], torch.stack(present, dim=2)[at], seed=seed)
         for concept, auc in zip(concepts, found, strict=True):
             if auc is not None:
                 readable.setdefault(concept.concept, []).append(auc)

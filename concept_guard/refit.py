@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from concept_guard.directions.scatter import FOLDS, folds
 from concept_guard.directions.threads import few_threads
-from concept_guard.directions.within_class import FOLDS, folds, shrinkage_of
+from concept_guard.directions.within_class import shrinkage_of
 
 STIFFNESS = tuple(10.0**k for k in range(5, -3, -1))  # of the prior, stiff ones first
 MOST_AXES = 256  # principal ones of the rows, in which the classifier may change

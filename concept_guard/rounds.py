@@ -163,22 +163,18 @@ def _read_anew(tracked: Tracked, trial: Trial) -> Tracked:
 
     Its carriers change only if they can be told apart more clearly now and stay nearly the same.
     """
-    reading = trial.reading
-    flat = reading.rows.flatten(0, 1)
-    labels = reading.labels.repeat_interleave(reading.rows.shape[1])
+    reading, flat = trial.reading, trial.whole.rows
     carriers = tracked.carriers.to(flat.device)
     if carriers.shape != reading.rows.shape[:2]:
         read = flat @ tracked.pair.filter.to(flat) > tracked.pair.threshold
         carriers = read.view(reading.rows.shape[:2])
-    sharp = refine_membership(
-        trial.narrow, labels, carriers.flatten(), tracked.class_index, seed=trial.seed
-    )
+    sharp = refine_membership(trial.narrow, carriers.flatten(), tracked.class_index)
     if sharp is not None and sharp.separation > tracked.separation:
         present = sharp.present.view_as(carriers)
         if correlation(present, carriers) >= SAME_CARRIERS:
             carriers = present
             tracked = replace(tracked, separation=sharp.separation)
-    pair = within_class_pair(flat, labels, carriers.flatten())
+    pair = within_class_pair(trial.whole, carriers.flatten())
     return replace(tracked, carriers=carriers, pair=tracked.pair if pair is None else pair)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from concept_guard.directions import WithinClassPair, within_class_pair
+from concept_guard.directions import Scatter, WithinClassPair, within_class_pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,8 @@ class Tracked:
         """
         repeated = labels.repeat_interleave(rows.shape[1])
         present = self.present.flatten().to(rows.device)
-        pair = within_class_pair(
-            rows.flatten(0, 1), repeated, present, shrinkage=self.pair.shrinkage
-        )
+        scatter = Scatter(rows.flatten(0, 1), repeated)
+        pair = within_class_pair(scatter, present, shrinkage=self.pair.shrinkage)
         return self if pair is None else replace(self, pair=pair)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concept_guard.association import Association, associate
 from concept_guard.config import GuardConfig
-from concept_guard.directions import DirectionPairs, leading
+from concept_guard.directions import DirectionPairs, Scatter, leading
 from concept_guard.flags import Candidate, Flag, candidates, confirm
 from concept_guard.influence import Tail
 from concept_guard.reading import Reading
@@ -39,11 +39,19 @@ class Trial:
     seed: int
 
     @cached_property
-    def narrow(self) -> Tensor:
-        """The `(P, A)` rows in fewer axes, in which presence is sharpened."""
+    def whole(self) -> Scatter:
+        """Of all `(P, C)` rows, from which pairs are estimated."""
         rows = self.reading.rows
-        labels = self.reading.labels.repeat_interleave(rows.shape[1])
-        return leading(rows.flatten(0, 1), labels)
+        return Scatter(rows.flatten(0, 1), self.reading.labels.repeat_interleave(rows.shape[1]))
+
+    @cached_property
+    def narrow(self) -> Scatter:
+        """Of the `(P, A)` rows in fewer axes, in which presence is sharpened."""
+        logits, labels = self.reading.logits, self.whole.labels
+        predicted = logits.argmax(dim=1).repeat_interleave(self.reading.rows.shape[1])
+        outcomes = labels * logits.shape[1] + predicted
+        rows = self.whole.rows @ leading(self.whole)
+        return Scatter(rows, labels, outcomes, self.seed)
 
     def of_all(
         self,
@@ -119,6 +127,7 @@ class Trial:
             self.reading,
             present,
             self.tail,
+            whole=self.whole,
             narrow=self.narrow,
             strength=self.config.strength,
             seed=self.seed,

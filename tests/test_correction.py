@@ -17,7 +17,7 @@ from concept_guard.correction import (
     check_bakeable,
     projection,
 )
-from concept_guard.directions import Subspace, WithinClassPair, within_class_pair
+from concept_guard.directions import Scatter, Subspace, WithinClassPair, within_class_pair
 from concept_guard.errors import BakeError
 from concept_guard.influence import erase, steps
 from concept_guard.tracking import Tracked
@@ -153,7 +153,7 @@ def test_a_gate_moves_the_rows_that_carry_a_concept_and_no_other(rng: torch.Gene
 
 
 def of_the_mark(world: MarkedWorld, concept: int = 3) -> Tracked:
-    pair = within_class_pair(world.rows, world.labels, world.mark)
+    pair = within_class_pair(Scatter(world.rows, world.labels), world.mark)
     assert pair is not None
     carriers = world.mark[:, None]
     return Tracked(concept, 0, pair, carriers, 0.9, torch.arange(len(carriers)), carriers)
@@ -262,7 +262,7 @@ def test_counts_start_with_the_probe_and_fade() -> None:
 def test_autocast_does_not_coarsen_presence() -> None:
     world = marked_world()
     rows = world.rows + 500.0  # bfloat16 would round `x . w` by more than a mark is worth
-    pair = within_class_pair(rows, world.labels, world.mark)
+    pair = within_class_pair(Scatter(rows, world.labels), world.mark)
     assert pair is not None
     concept = tracked(0, pair.filter, pair.signal, pair.absent)
     results = []

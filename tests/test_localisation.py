@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from worlds import MARK, PROBE, SIDE, correcting, fallen, mark, net, the_flagged, world
 
-from concept_guard.directions import within_class_pair
+from concept_guard.directions import Scatter, within_class_pair
 from concept_guard.localisation import CELLS, location_maps
 from concept_guard.taps import Tap
 
@@ -35,9 +35,8 @@ def direction_of_the_mark(tap: Tap) -> Tensor:
     present = (rows[count:] - rows[:count]).norm(dim=2)
     present = present > 0.5 * present.amax(dim=1, keepdim=True)  # the positions that moved
     carries = torch.cat([torch.zeros_like(present), present])
-    pair = within_class_pair(
-        rows.flatten(0, 1), labels.repeat(2).repeat_interleave(rows.shape[1]), carries.flatten()
-    )
+    of_rows = labels.repeat(2).repeat_interleave(rows.shape[1])
+    pair = within_class_pair(Scatter(rows.flatten(0, 1), of_rows), carries.flatten())
     assert pair is not None
     return pair.filter
 

@@ -5,7 +5,7 @@ import torch
 from planted import marked_world, normal
 from torch import Tensor
 
-from concept_guard.directions import folds, readability, within_class_pair
+from concept_guard.directions import Scatter, folds, readability, within_class_pair
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.seeds) for seed in range(1, 6))]
 
@@ -22,7 +22,7 @@ def counted(rows: Tensor, labels: Tensor, present: Tensor, seed: int) -> float:
     fold = folds(labels * 2 + present.long(), seed)
     won = weights = 0.0
     for f in range(4):
-        pair = within_class_pair(rows[fold != f], labels[fold != f], present[fold != f])
+        pair = within_class_pair(Scatter(rows[fold != f], labels[fold != f]), present[fold != f])
         assert pair is not None
         factor = rows @ pair.filter
         for k in labels.unique():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, one_hot
 
 from concept_guard.correction import calibrated, projection
-from concept_guard.directions import Subspace, joint_subspace, within_class_pair
+from concept_guard.directions import Scatter, Subspace, joint_subspace, within_class_pair
 from concept_guard.influence import moved
 
 CLASSES, CHANNELS = 4, 24
@@ -63,7 +63,7 @@ def test_of_one_concept_it_is_the_pair_of_that_concept(rng: torch.Generator) -> 
     rows = world(rng, 4 * normal(rng, 1, CHANNELS), present, labels)
     found, pair = (
         joint_subspace(rows, labels, present),
-        within_class_pair(rows, labels, present[:, 0]),
+        within_class_pair(Scatter(rows, labels), present[:, 0]),
     )
     assert found is not None
     assert pair is not None

@@ -6,13 +6,13 @@ import torch
 from planted import MarkedWorld, auc, marked_world, normal
 from torch import Tensor
 
-from concept_guard.directions import WithinClassPair, within_class_pair
+from concept_guard.directions import Scatter, WithinClassPair, within_class_pair
 from concept_guard.influence import erase
 from concept_guard.tracking import Tracked, reference_images
 
 
 def tracked(world: MarkedWorld, rows: Tensor) -> Tracked:
-    pair = within_class_pair(rows, world.labels, world.mark)
+    pair = within_class_pair(Scatter(rows, world.labels), world.mark)
     assert pair is not None
     images, carriers = torch.arange(len(rows)), world.mark[:, None]
     return Tracked(7, 0, pair, carriers, 0.9, images, carriers)
@@ -54,7 +54,7 @@ def test_every_position_of_a_reference_image_counts_with_its_own_presence() -> N
     flat = rows.flatten(0, 1)
     world_labels = labels.repeat_interleave(2)
     present = world.mark.view(300, 4).T[:, :150].reshape(300, 2)
-    pair = within_class_pair(flat, world_labels, present.flatten())
+    pair = within_class_pair(Scatter(flat, world_labels), present.flatten())
     assert pair is not None
     start = Tracked(1, 0, pair, present, 0.5, torch.arange(300), present)
     moved = start.moved_to(3 * rows, labels).pair
@@ -66,7 +66,7 @@ def test_tracking_keeps_the_shrinkage_of_the_last_round(monkeypatch: pytest.Monk
     world = marked_world()
     before = tracked(world, world.rows)
     noisy = world.rows + 3 * normal(torch.Generator().manual_seed(1), 1200, 16).float()
-    estimated = within_class_pair(noisy, world.labels, world.mark)
+    estimated = within_class_pair(Scatter(noisy, world.labels), world.mark)
     assert estimated is not None
     assert estimated.shrinkage != before.pair.shrinkage  # control
     monkeypatch.setattr(sklearn.covariance, "ledoit_wolf_shrinkage", None)

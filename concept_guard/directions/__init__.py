@@ -4,21 +4,18 @@ from concept_guard.directions.descent import Schedule, descend_pairs
 from concept_guard.directions.fit import fit_pairs
 from concept_guard.directions.leading import leading
 from concept_guard.directions.matching import cosines, match
+from concept_guard.directions.membership import Membership, refine_membership
 from concept_guard.directions.pairs import Concept, DirectionPairs
 from concept_guard.directions.readability import readability
+from concept_guard.directions.scatter import Scatter, folds
 from concept_guard.directions.subspace import Subspace, joint_subspace
-from concept_guard.directions.within_class import (
-    Membership,
-    WithinClassPair,
-    folds,
-    refine_membership,
-    within_class_pair,
-)
+from concept_guard.directions.within_class import WithinClassPair, within_class_pair
 
 __all__ = [
     "Concept",
     "DirectionPairs",
     "Membership",
+    "Scatter",
     "Schedule",
     "Subspace",
     "WithinClassPair",

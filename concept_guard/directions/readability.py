@@ -8,8 +8,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from concept_guard.directions.scatter import FOLDS, folds
 from concept_guard.directions.threads import few_threads
-from concept_guard.directions.within_class import FOLDS, folds, shrinkage_of
+from concept_guard.directions.within_class import shrinkage_of
 
 LEAST_CARRIERS = 8  # images, and as many without, in the classes that have both: two per fold
 
