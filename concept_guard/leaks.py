@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from concept_guard.association import risk_differences
-from concept_guard.directions import Scatter, folds, leading, readability
+from concept_guard.directions import folds, readability
 from concept_guard.erasure import Erasure, carriers_in
 from concept_guard.influence import Tail
-from concept_guard.reading import Reading
 from concept_guard.tracking import Tracked
+from concept_guard.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Leaks:
 
 def leaks(
     concepts: Sequence[Tracked],
-    reading: Reading,
+    trial: Trial,
     erasure: Erasure,
     instead: Tail,
     *,
@@ -58,7 +58,7 @@ def leaks(
 
     Args:
         concepts: Those under correction.
-        reading: Of the probe.
+        trial: The reading of the probe, and the axes in which concepts are read.
         erasure: What is projected out for them.
         instead: Maps an edit, in place of the current one, to the logits of the reading's images.
         pull: Concept id to the risk difference, and the lower end of its 95 % interval, with which
@@ -69,13 +69,13 @@ def leaks(
     Returns:
         What is left, by concept.
     """
+    reading = trial.reading
     rows, logits, labels = reading.rows, reading.logits, reading.labels
     present = [carriers_in(t, reading).to(rows.device) for t in concepts]
     if not present:
         return Leaks()
     carried = torch.stack([p.any(dim=1) for p in present], dim=1)  # (N, K)
     half = folds(labels * 2 + carried.any(dim=1).long(), seed) % 2
-    axes = leading(Scatter(rows.flatten(0, 1), labels.repeat_interleave(rows.shape[1])))
     readable: dict[int, list[float]] = {}
     for side in (0, 1):
         at, others = ((half == s).nonzero().flatten() for s in (side, 1 - side))
@@ -84,7 +84,9 @@ def leaks(
         if edit is not None:
             here = edit(here)
             logits = logits.index_copy(0, at, instead(edit, at).to(logits))
-        found = readability(here @ axes, labels[at], torch.stack(present, dim=2)[at], seed=seed)
+        found = readability(
+            here @ trial.axes, labels[at], torch.stack(present, dim=2)[at], seed=seed
+        )
         for concept, auc in zip(concepts, found, strict=True):
             if auc is not None:
                 readable.setdefault(concept.concept, []).append(auc)

@@ -36,6 +36,7 @@ class Findings:
     """What one round found.
 
     Attributes:
+        trial: What they were tested on.
         pairs: Direction pairs of this round.
         ids: Their stable ids, in order.
         next_id: First id that no concept has had.
@@ -51,6 +52,7 @@ class Findings:
         cosine_to_last: Mean of `drift`; 1 in the first round, 0 if no concept was found again.
     """
 
+    trial: Trial
     pairs: DirectionPairs
     ids: tuple[int, ...]
     next_id: int
@@ -144,6 +146,7 @@ def look(
     pull = {t.concept: _pull(t, predicted, reading.labels, num_classes) for t in again}
     alike = {} if last is None else cosines(last, pairs, matched)
     return Findings(
+        trial,
         pairs,
         ids,
         next_id,

@@ -45,12 +45,17 @@ class Trial:
         return Scatter(rows.flatten(0, 1), self.reading.labels.repeat_interleave(rows.shape[1]))
 
     @cached_property
+    def axes(self) -> Tensor:
+        """The `(C, A)` axes along which rows vary most within classes."""
+        return leading(self.whole)
+
+    @cached_property
     def narrow(self) -> Scatter:
         """Of the `(P, A)` rows in fewer axes, in which presence is sharpened."""
         logits, labels = self.reading.logits, self.whole.labels
         predicted = logits.argmax(dim=1).repeat_interleave(self.reading.rows.shape[1])
         outcomes = labels * logits.shape[1] + predicted
-        rows = self.whole.rows @ leading(self.whole)
+        rows = self.whole.rows @ self.axes
         return Scatter(rows, labels, outcomes, self.seed)
 
     def of_all(

@@ -110,7 +110,7 @@ class Watch:
         last = self.last.report
         return leaks(
             self._corrector.tracked,
-            reading,
+            found.trial,
             self._corrector.erasure,
             tail_of(self._tap, self._probe, reading, on_top=False),
             pull=found.pull,
