@@ -83,46 +83,56 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ±{half:.3f}"
 
 
+def headline(measures: list[str]) -> str:
+    """Return the measure that a task is about: the last one that is no worst group."""
+    return [m for m in measures if m != "worst group"][-1]
+
+
 def print_tables(rows: list[dict[str, str]]) -> None:
     """Print for every task the measures of all methods, and their paired gain on plain longer."""
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         measures = list(dict.fromkeys(row["measure"] for row in mine))
+        main = headline(measures)
         print(f"\n{task}: mean over seeds, 95 % interval; last: paired gain on plain longer")
-        print(f"{'':22}" + "".join(f"{m:>18}" for m in measures) + f"{'gain ' + measures[-1]:>28}")
+        print(f"{'':30}" + "".join(f"{m:>18}" for m in measures) + f"{'gain ' + main:>28}")
         for method in dict.fromkeys(row["method"] for row in mine):
             cells = [list(of(rows, task, method, m).values()) for m in measures]
-            longer = of(rows, task, "plain longer", measures[-1])
-            own = of(rows, task, method, measures[-1])
+            longer, own = of(rows, task, "plain longer", main), of(rows, task, method, main)
             gains = [own[s] - longer[s] for s in own if s in longer]
             line = "".join(f"{mean(c):>18}" for c in cells)
-            print(f"{method:22}{line}{mean(gains):>28}")
+            print(f"{method:30}{line}{mean(gains):>24} ({len(own)})")
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw the last measure of every task for every method, with the seeds as dots."""
+    """Draw, for every task with a shortcut, its main measure of every method, seeds as dots."""
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = [t for t in dict.fromkeys(row["task"] for row in rows) if not t.endswith("clean")]
     if not tasks:
         return
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(2.2 * len(tasks) + 2, 0.26 * len(methods) + 1), sharey=True
-    )
-    for axis, task in zip([axes] if len(tasks) == 1 else axes, tasks, strict=True):
-        measure = [row["measure"] for row in rows if row["task"] == task][-1]
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 4 * lines), squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        mine = [row for row in rows if row["task"] == task]
+        measure = headline(list(dict.fromkeys(row["measure"] for row in mine)))
+        order = dict.fromkeys(row["method"] for row in mine)
+        methods = [m for m in order if not m.startswith("guard")]
+        methods += [m for m in order if m.startswith("guard")]
         for n, method in enumerate(methods):
             values = list(of(rows, task, method, measure).values())
             colour = "tab:blue" if method.startswith("guard") else "tab:grey"
             axis.plot(values, [n] * len(values), ".", color=colour, alpha=0.5)
-            if values:
-                axis.plot(statistics.mean(values), n, "|", color=colour, markersize=14)
-        axis.set(title=task, xlabel=measure)
+            axis.plot(statistics.mean(values), n, "|", color=colour, markersize=14)
+        axis.axvline(statistics.mean(of(rows, task, "plain longer", measure).values()), ls=":")
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set(title=task, xlabel=f"right, {measure}")
+        axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yticks(range(len(methods)), methods)
-    figure.axes[0].invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
