@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from concept_guard import state
+from concept_guard.baking import bake, baked_copy
 from concept_guard.benefit import Probation
 from concept_guard.config import GuardConfig
 from concept_guard.correction import GroupCounts
@@ -249,17 +250,33 @@ class Corrector:
         self.erasure.follow(self.tracked)
         return misread
 
-    def bake(self) -> str:
+    def bake(self, reading: Reading | None) -> str:
         """Fit the classifier again, fold the projection into it and stop correcting.
 
         Where folding cannot be exact, a `BakeError` says why and nothing is changed.
 
+        Args:
+            reading: Of the probe, as the network is now; None reads it if it is needed.
+
         Returns:
             What was done about the classifier, as a clause; empty if nothing was to be done.
         """
-        done = self.erasure.bake(self.tracked)
+        done = bake(self._tap, self._probe, self._config, self.tracked, reading)
         self._change_to((), None)
         return done
+
+    def baked_copy(self, model: nn.Module | None, sample: Tensor) -> nn.Module:
+        """Return a copy of a model with the correction folded in; see `baking.baked_copy`.
+
+        Args:
+            model: None for the guarded one.
+            sample: `(N, ...)` a few images.
+
+        Returns:
+            The copy.
+        """
+        model = self._tap.model if model is None else model
+        return baked_copy(model, self._probe, self._config, self.tracked, self.strength, sample)
 
     def close(self) -> None:
         """Let go of reference images and tracked concepts."""

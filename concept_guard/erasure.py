@@ -1,31 +1,24 @@
-"""Stage 4b: what is projected out of the rows now, and how it is kept true and baked.
+"""Stage 4b: what is projected out of the rows now, and how it is kept true.
 
 Nothing here knows why concepts are corrected, or whether they should be.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.correction import (
-    LARGEST_WEIGHT,
     Gate,
     Projection,
-    bake_into,
     calibrated,
-    check_bakeable,
-    grouped,
     losses_without,
     projection,
-    weight_table,
 )
 from concept_guard.directions import Subspace, joint_subspace
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
-from concept_guard.refit import refit
 from concept_guard.taps import Tap
 from concept_guard.tracking import Tracked
 
@@ -89,7 +82,7 @@ class Erasure:
         """
         subspace = None
         if concepts:
-            reading = self._read() if reading is None else reading
+            reading = whole(self._tap, self._probe, self._config) if reading is None else reading
             subspace = self._estimated(reading, [carriers_in(t, reading) for t in concepts])
         self.put_back(subspace, concepts)
         self.settled = True
@@ -151,17 +144,23 @@ class Erasure:
         if self.subspace is not None and isinstance(edit, Projection):
             edit.moves.copy_(strength * self.subspace.signals)  # in place: nothing recompiles
 
-    def settle(self, concepts: Sequence[Tracked]) -> None:
+    def settle(self, concepts: Sequence[Tracked]) -> Reading | None:
         """Estimate anew what is projected out, if the network moved since it was estimated.
 
         If activations are not finite, a `ValueError` says so and nothing is changed.
 
         Args:
             concepts: Those that are projected out.
+
+        Returns:
+            The reading of the probe from which it was estimated; None if there was no need.
         """
         _ = self._tap.classifier  # says so if it was replaced
-        if concepts and not self.settled and "project" in self._config.action:
-            self.take_out(concepts, None)
+        if not concepts or self.settled or "project" not in self._config.action:
+            return None
+        reading = whole(self._tap, self._probe, self._config)
+        self.take_out(concepts, reading)
+        return reading
 
     def of(self, reading: Reading, concepts: Sequence[Tracked]) -> Projection | None:
         """Return the projection that takes concepts out, without acting on it.
@@ -186,90 +185,28 @@ class Erasure:
         rows, labels = reading.rows[:, 0], reading.labels
         return calibrated(subspace, rows, labels, carried, classifier)
 
-    def bake(self, concepts: Sequence[Tracked]) -> str:
-        """Fit the linear map behind the tap again and fold the projection into it.
 
-        Copies of the model, whose maps are not touched, keep the projection in their hooks.
-        Where folding cannot be exact, a `BakeError` says why and nothing is changed.
+def whole(tap: Tap, probe: Batches, config: GuardConfig) -> Reading:
+    """Return a reading of the whole probe as the network is now.
 
-        Args:
-            concepts: Those under correction.
+    Args:
+        tap: Where the network is read.
+        probe: The probe.
+        config: Settings of the guard.
 
-        Returns:
-            What was done about the map, as a clause; empty if `refit` is not among the actions.
-        """
-        edit, done = self._tap.edit, ""
-        if not isinstance(edit, Projection):
-            return self._refit(concepts, None) if "refit" in self._config.action else done
-        classifier = check_bakeable(self._tap.classifier, self._config.tap, edit)
-        if "refit" in self._config.action:
-            done = self._refit(concepts, edit)
-        bake_into(classifier, edit)
-        self._tap.leave_edit_to_copies()
-        return done
+    Returns:
+        The reading.
 
-    def _refit(self, concepts: Sequence[Tracked], edit: Projection | None) -> str:
-        """Return what became of the attempt to fit the classifier to the probe."""
-        classifier = self._tap.classifier
-        if classifier is None or classifier.bias is None:
-            return "classifier not refitted: no plain linear map with a bias follows the tap"
-        try:
-            reading = self._read()
-        except ValueError as error:
-            return f"classifier not refitted: {error}"
-        rows = (reading.rows if edit is None else edit(reading.rows))[:, 0]
-        for weights in _weightings(reading, concepts):
-            found = refit(rows, reading.labels, weights, classifier, seed=self._config.seed)
-            if concepts or found.broken <= found.mended:
-                break
-        if not found.supported:
-            return f"classifier not refitted: {found}"
-        with torch.no_grad():
-            classifier.weight.copy_(found.weight)
-            classifier.bias.copy_(found.bias)
-        return f"classifier refitted to the probe: {found}"
-
-    def _read(self) -> Reading:
-        """Return a reading of the whole probe as the network is now.
-
-        Raises:
-            ValueError: If its activations are not finite.
-        """
-        reading = self._tap.read(
-            self._probe, max_rows=self._config.max_rows, seed=self._config.seed
-        )
-        if not bool(torch.isfinite(reading.rows).all()):
-            raise ValueError(
-                f"activations at tap {self._config.tap!r} hold NaN or infinite values on the "
-                "probe, expected finite ones; lower the learning rate"
-            )
-        return reading
-
-
-def _weightings(reading: Reading, concepts: Sequence[Tracked]) -> Iterator[Tensor]:
-    """Yield `(N,)` how much each image counts in a refit, mean 1; the first that serves is kept.
-
-    In every class the images with and without a concept under correction weigh the same in all.
-    Where there is none, an image that is predicted wrong counts up to five times as much as one
-    that is right: what misleads the network is rare, or it would not have been learnt, and no
-    concept may explain it. If that costs more held-out images than it mends, all count alike.
-
-    Source: Liu et al. (2021), arXiv 2107.09044 (errors in place of groups that nobody knows).
-    Departure: among held-out images, only for the classifier, and bounded. On glyphs with a
-    watermark, five networks, .828 of the marked images were right with all images alike, .864 so
-    and .858 with as much weight on the errors as on all others; .958, .949, .933 of the clean ones.
-    Glyphs and digits without a shortcut: .973, .962, .933 and .988, .986, .977 (one network each),
-    and there held-out images speak against it.
+    Raises:
+        ValueError: If its activations are not finite.
     """
-    labels, classes = reading.labels, reading.logits.shape[1]
-    if concepts:
-        present = [carriers_in(t, reading).any(dim=1) for t in concepts]
-        rare, most = torch.stack(present).any(dim=0).to(labels.device), math.inf
-    else:
-        rare, most = reading.logits.argmax(dim=1) != labels, LARGEST_WEIGHT
-    table = weight_table(grouped(labels, rare, classes), most)
-    yield table.to(labels.device)[labels, rare.long()]
-    yield torch.ones_like(labels, dtype=table.dtype)
+    reading = tap.read(probe, max_rows=config.max_rows, seed=config.seed)
+    if not bool(torch.isfinite(reading.rows).all()):
+        raise ValueError(
+            f"activations at tap {config.tap!r} hold NaN or infinite values on the probe, expected "
+            "finite ones; lower the learning rate"
+        )
+    return reading
 
 
 def _subspace(reading: Reading, present: Sequence[Tensor]) -> Subspace | None:

@@ -74,10 +74,11 @@ class ConceptGuard:
         sample = next(iter(self._probe), None)
         if sample is None:
             check_labels([], 0)
+        self._sample = checked_pair(sample, 0)[0][:2]
         self.tap = Tap(
             model,
             self.config.tap,
-            checked_pair(sample, 0)[0][:2],
+            self._sample,
             keep_images="penalize" in self.config.action,
         )
         try:
@@ -285,10 +286,33 @@ class ConceptGuard:
         if self._closed:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
         self._acts.heed(self.steps)
-        self._corrector.erasure.settle(self._corrector.tracked)
+        reading = self._corrector.erasure.settle(self._corrector.tracked)
         self._tell("finished")
-        self.baked = self._corrector.bake()
+        self.baked = self._corrector.bake(reading)
         self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
+
+    def baked_copy(self, model: nn.Module | None = None) -> nn.Module:
+        """Return a copy of the model with the correction folded in, as `bake` would leave it.
+
+        For a checkpoint in the middle of training, or for an average of the weights: neither the
+        model nor what the guard does changes. What is projected out of an average is estimated
+        from its own activations. A `BakeError` says where folding cannot be exact.
+
+        Args:
+            model: A copy of the model, such as `ema.module`; None for the model itself.
+
+        Returns:
+            An ordinary model with the same names of parameters, in the same modes, without hooks
+            of a guard.
+
+        Raises:
+            BakeError: If the correction is gone: the guard is closed, or baked into the model.
+        """
+        if self._closed or self._stage == "finished":
+            raise BakeError(
+                "the correction is gone, the guard is closed or baked; call baked_copy before that"
+            )
+        return self._corrector.baked_copy(model, self._sample)
 
     def close(self) -> None:
         """Take everything off the model; calling it again does nothing."""

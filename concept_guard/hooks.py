@@ -110,5 +110,21 @@ class ImagesHook:
         return ImagesHook, (None,)
 
 
+def stripped(model: nn.Module) -> nn.Module:
+    """Take the hooks of guards off a model, say a copy that brought them along.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, Hook | ImagesHook)]:
+                del hooks[key]
+    return model
+
+
 def _unpickled(layout: Layout, edit: Edit | None) -> Hook:
     return Hook(layout, Shared(edit), is_copy=True)

@@ -91,6 +91,17 @@ class Tap:
             )
 
     @property
+    def model(self) -> nn.Module:
+        """The model inside distributed wrappers.
+
+        Raises:
+            TapError: If the tap is closed.
+        """
+        if self._model is None:
+            raise TapError(f"tap {self._where!r} is closed; build a new one on the model")
+        return self._model
+
+    @property
     def classifier(self) -> nn.Linear | None:
         """The linear map with `classifier(row) == logits`, if one follows the tap.
 
@@ -280,13 +291,11 @@ class Tap:
 
     @contextmanager
     def _own_pass(self, edit: Edit | None) -> Iterator[nn.Module]:
-        if self._model is None:
-            raise TapError(f"tap {self._where!r} is closed; build a new one on the model")
-        shared, kept = self._shared, self._shared.edit
-        with isolated(self._model):
+        model, shared, kept = self.model, self._shared, self._shared.edit
+        with isolated(model):
             shared.edit, shared.reading = edit, True
             try:
-                yield self._model
+                yield model
             finally:
                 shared.edit, shared.reading, shared.rows = kept, False, None
 

@@ -31,7 +31,7 @@ from worlds import (
     world,
 )
 
-from concept_guard import BakeError, ConceptGuard, erasure
+from concept_guard import BakeError, ConceptGuard, baking
 from concept_guard.refit import Refit, refit
 
 KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
@@ -128,7 +128,7 @@ def test_where_nothing_is_flagged_errors_count_more_unless_that_breaks_more_than
         found = refit(rows, labels, weights, classifier, seed=seed)
         return replace(found, mended=3, broken=4 if breaks and len(weighed) == 1 else 3)
 
-    monkeypatch.setattr(erasure, "refit", listening)
+    monkeypatch.setattr(baking, "refit", listening)
     guard = ConceptGuard(fallen(), probe=world(PROBE).loader(), config={"action": ["refit"]})
     guard.bake()  # without a round
     assert weighed[0].unique().numel() > 1  # control: some are wrong

@@ -27,7 +27,7 @@ LAYERS = [
     {"tracking", "refit", "benefit"},
     {"correction"},
     {"erasure"},
-    {"penalty"},
+    {"penalty", "baking"},
     {"trial"},
     {"rounds"},
     {"records", "cards", "measures", "localisation"},
