@@ -11,9 +11,9 @@ The stages, in the order of the data flow:
     explanation  why one image is predicted as it is, concept by concept
     tracking     keep a flagged pair true while the network moves
     correction   project out, rebalance, bake into the weights: the arithmetic
+    erasure      what is projected out now, and how it is kept true
     refit        the classifier fitted once more, to held-out images, when baking
     baking       what was corrected becomes the model's own weights, or those of a copy
-    erasure      what is projected out now, kept true and baked
     decisions    what people approve and veto, from Python and from the command line
     logs         records, cards, TensorBoard
 """

@@ -39,7 +39,7 @@ LAYERS = [
     {"acts"},
     {"doctor"},
     {"guard", "report"},
-    {"diagnosis"},
+    {"diagnosis", "integrations"},
     {"training"},
     {"audit"},
     {"cli"},
