@@ -1,5 +1,6 @@
 """The guard as a task of timm: one line in a training script that is built on `timm.task`."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from concept_guard.config import GuardConfig
 from concept_guard.errors import BakeError
 from concept_guard.guard import ConceptGuard
 from concept_guard.integrations.criteria import Criterion, per_sample
+
+_logger = logging.getLogger(__name__)
 
 
 class ConceptGuardTask(ClassificationTask):
@@ -76,13 +79,17 @@ class ConceptGuardTask(ClassificationTask):
             `loss`, a scalar, and `output`, the `(B, M)` logits.
         """
         output = self.trainable_module(input)
-        weighed = self.guard.erased and self._losses is not None and target.ndim == 1
-        loss = (self._losses if weighed else self.criterion)(output, target)
+        criterion = self.criterion
+        if self.guard.erased and self._losses is not None and target.ndim == 1:
+            criterion = self._losses
+        loss = criterion(output, target)
         return {"loss": self.guard.loss(loss, target), "output": output}
 
     def update_ema(self, step: int | None = None) -> None:
         """Count an update of the weights, run what is due, and update an average of them."""
-        self.guard.step()
+        report = self.guard.step()
+        if report is not None and self.verbose:
+            _logger.info("update %d, guard: %s", report.step, report.verdict)
         super().update_ema(step)
 
     def prepare_distributed(self, *_: Any, **__: Any) -> "ConceptGuardTask":
