@@ -38,7 +38,8 @@ class Health:
             raise TapError(
                 f"{place} has not fired before the first guard.step(); expected the guarded model "
                 "itself to be called in training. Build the guard before torch.compile and EMA "
-                "copies, and call the model, not parts of it"
+                "copies, and call the model, not parts of it; if a network like it was compiled "
+                "before in this process, call torch._dynamo.reset() and compile again"
             )
         if not self._tap.fired:
             self.warn_once(
