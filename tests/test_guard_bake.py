@@ -24,6 +24,7 @@ from worlds import (
     flagging,
     held_out,
     logits,
+    mark,
     net,
     stream,
     the_flagged,
@@ -237,3 +238,14 @@ def test_a_saved_model_keeps_the_correction_without_the_guard() -> None:
     assert not torch.equal(logits(model), corrected)  # control
     for loaded in (torch.load(file, weights_only=False), pickle.loads(pickled)):
         assert torch.equal(logits(loaded), corrected)
+
+
+def test_a_baked_model_is_exported_as_it_predicts() -> None:
+    model = fallen()
+    guard = correcting(model, action=KEPT)
+    corrected = logits(model)
+    guard.bake()
+    guard.close()
+    images = mark(world(PROBE).images[:64])
+    exported = torch.export.export(model.eval(), (images,)).module()
+    torch.testing.assert_close(exported(images), corrected, rtol=0, atol=1e-4)

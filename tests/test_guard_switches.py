@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from worlds import CLASSES, PROBE, QUICK, UPDATES, fallen, held_out, logits, sgd, stream, world
 
@@ -174,3 +176,40 @@ def test_soft_targets_are_said_once_and_training_goes_on() -> None:
     assert guard.erased
     assert sum("targets are soft" in str(w.message) for w in said) == 1
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
+
+
+def compiled_run(backend: Any, config: dict[str, object] | None) -> nn.Module:
+    """Train through a compiled network, with a validation pass in between."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = fallen()
+    guard = None
+    if config is not None:
+        guard = ConceptGuard(model, probe=world(PROBE).loader(), config={**QUICK, **config})
+    called = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+    optimizer = sgd(model)
+    for n, (images, labels) in enumerate(stream(UPDATES + 44, first=UPDATES)):
+        model.train()
+        losses = cross_entropy(called(images), labels, reduction="none")
+        (losses.mean() if guard is None else guard.loss(losses, labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if guard is not None:
+            guard.step()
+        if n % 11 == 10:
+            model.eval()
+            with torch.no_grad():
+                called(images)
+    assert guard is None or guard.erased
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return model
+
+
+def test_compiling_costs_one_graph_more_and_gives_the_same() -> None:
+    often = {"start": 2, "every": 10, "track_every": 2}  # tracks twenty times
+    plain_graphs, graphs = CompileCounter(), CompileCounter()
+    compiled_run(plain_graphs, None)
+    model = compiled_run(graphs, often)
+    assert graphs.frame_count <= plain_graphs.frame_count + 1
+    eager = compiled_run(None, often)
+    torch.testing.assert_close(logits(model), logits(eager), rtol=0, atol=1e-5)
