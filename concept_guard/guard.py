@@ -121,6 +121,11 @@ class ConceptGuard:
         """Ids of the concepts under correction."""
         return tuple(t.concept for t in self._corrector.tracked)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def sampler(self, size: int, *, generator: Generator | None = None) -> Sampler[int]:
         """Return a sampler for the training loader that rebalances in place of weighed losses.
 
