@@ -297,7 +297,7 @@ def test_a_run_is_finished_even_where_baking_is_impossible(
     run = Run(tmp_path)
     run.train(1)
 
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise BakeError("no linear map")
 
     monkeypatch.setattr(run.guard._corrector, "bake", fail)
