@@ -144,6 +144,47 @@ def test_accumulated_batches_are_one_update(tmp_path: Path) -> None:
     assert callback.guard.steps == 4
 
 
+def test_a_resumed_run_counts_no_update_before_it_has_made_one(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
+    observing = {"action": "observe"}
+    first = trainer(tmp_path, guarding(**observing), saver, updates=2, accumulate_grad_batches=3)
+    first.fit(Classifier(), batches())
+    callback = guarding(**observing)
+    later = trainer(
+        tmp_path, callback, updates=4, accumulate_grad_batches=3, enable_checkpointing=False
+    )
+    later.fit(Classifier(), batches(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
+    assert callback.guard is not None
+    assert callback.guard.steps == 4
+
+
+class Failing(Classifier):
+    """Fails in its third batch, once."""
+
+    seen = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+        """Return the losses of a batch."""
+        self.seen += 1
+        if self.seen == 3:
+            raise RuntimeError("out of paper")
+        return super().training_step(batch)
+
+
+def test_after_a_failure_the_next_run_has_one_guard_of_its_own(tmp_path: Path) -> None:
+    module, callback = Failing(), guarding()
+    with pytest.raises(RuntimeError, match="out of paper"):
+        trainer(tmp_path, callback, enable_checkpointing=False).fit(module, batches())
+    left = callback.guard
+    assert left is not None
+    assert not left.closed
+    trainer(tmp_path, callback, enable_checkpointing=False).fit(module, batches())
+    assert left.closed
+    assert callback.guard is not None
+    assert callback.guard.steps == MORE  # one per update: the step is not guarded twice
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
 def test_the_probe_may_come_from_the_trainer(tmp_path: Path) -> None:
     seen: list[Trainer] = []
 

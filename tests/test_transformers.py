@@ -93,6 +93,8 @@ def test_the_mark_is_unlearnt_and_a_run_resumes_from_a_checkpoint(tmp_path: Path
     assert after[0] > before[0] - 0.02
     assert callback.guard.steps == MORE
     assert callback.guard.closed
+    with pytest.raises(ConfigError, match="build another callback and Trainer"):
+        trainer(Wrapped(), tmp_path / "twice", callback).train()
     half = tmp_path / f"checkpoint-{MORE // 2}"
     corrected = net()
     corrected.load_state_dict(load_file(half / "concept_guard.safetensors"))

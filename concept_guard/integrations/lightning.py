@@ -24,7 +24,8 @@ class ConceptGuardCallback(Callback):
     sample may be returned (`reduction="none"`), so that they can be weighed. An update is counted
     whenever `global_step` has risen. What is validated is the corrected network. In a checkpoint
     the correction is folded into the weights, and the run resumes from what stands beside them; at
-    the end of `fit` it is folded into the network itself.
+    the end of `fit` it is folded into the network itself. After an exception the guard stays on the
+    network, for `guard.bake()`, `guard.close()` or the next `fit`, which starts with another.
 
     Args:
         probe: Held-out `(images, labels)` batches, or a function from the trainer to them, such as
@@ -56,6 +57,7 @@ class ConceptGuardCallback(Callback):
         """Attach the guard, before the network is resumed, wrapped or trained."""
         if stage != "fit":
             return
+        self._release(pl_module)
         self._refuse(trainer, pl_module)
         probe = self._probe(trainer) if callable(self._probe) else self._probe
         self.guard = ConceptGuard(
@@ -65,7 +67,6 @@ class ConceptGuardCallback(Callback):
             log_dir=self._log_dir,
             class_names=self._class_names,
         )
-        self._updates = 0
         pl_module.training_step = self._guarded(pl_module.training_step)  # type: ignore[method-assign]
 
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,6 +121,11 @@ class ConceptGuardCallback(Callback):
 
         return guarded
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count updates from where the trainer stands, after resuming too."""
+        del pl_module
+        self._updates = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Count an update, if this batch ended one, and run what is due."""
         if self.guard is not None and trainer.global_step > self._updates:
@@ -152,7 +158,6 @@ class ConceptGuardCallback(Callback):
         uncorrected = checkpoint.get(UNCORRECTED)
         if uncorrected and trainer.state.fn == "fit":
             self._model(pl_module).load_state_dict(uncorrected, strict=False)
-            self._updates = checkpoint["global_step"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the guard."""
@@ -175,6 +180,10 @@ class ConceptGuardCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take everything off the network."""
         del trainer
-        if stage == "fit" and self.guard is not None:
+        if stage == "fit":
+            self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self.guard is not None:
             self.guard.close()
             pl_module.__dict__.pop("training_step", None)

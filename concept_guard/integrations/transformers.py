@@ -106,9 +106,14 @@ class ConceptGuardCallback(TrainerCallback):
         """Go on from the checkpoint that the Trainer has resumed from, if there is one.
 
         Raises:
-            ConfigError: If several processes train.
+            ConfigError: If several processes train, or the guard is closed.
         """
         del control, kwargs
+        if self.guard.closed:
+            raise ConfigError(
+                "ConceptGuardCallback: its guard was closed at the end of training; build another "
+                "callback and Trainer to train on"
+            )
         if args.world_size > 1:
             raise ConfigError(
                 f"ConceptGuardCallback: {args.world_size} processes would each correct something "
