@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +14,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from worlds import (
     CLASSES,
+    KEPT,
     NET,
     PROBE,
     UPDATES,
+    Untouched,
     correcting,
     erased_at,
     fallen,
@@ -29,21 +30,12 @@ from worlds import (
     stream,
     the_flagged,
     train,
+    without_bias,
     world,
 )
 
 from concept_guard import BakeError, ConceptGuard, baking
 from concept_guard.refit import Refit, refit
-
-KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
-
-
-def without_bias() -> nn.Module:
-    """Return a network whose head has no bias to hold the reference level."""
-    model = fallen()
-    model.fc = nn.Linear(model.num_features, CLASSES, bias=False)
-    return model
 
 
 def infinite() -> nn.Module:

@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from worlds import (
+    KEPT,
     UPDATES,
+    Untouched,
     correcting,
     erased_at,
     fallen,
@@ -19,13 +20,12 @@ from worlds import (
     net,
     stream,
     train,
+    without_bias,
 )
 
 from concept_guard import BakeError
 
-KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
 ALL = (*KEPT, "refit")
-Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -101,7 +101,7 @@ def test_without_a_correction_the_copy_is_the_model() -> None:
     ("build", "tap", "message"),
     [
         (net, "stage:-1", "no plain linear map.*Use tap: pre_logits"),
-        (lambda: without_bias(), "pre_logits", "a classifier without bias"),
+        (without_bias, "pre_logits", "a classifier without bias"),
     ],
 )
 def test_what_cannot_be_folded_is_refused(
@@ -111,14 +111,6 @@ def test_what_cannot_be_folded_is_refused(
     guard = erased_at(model, tap)
     with untouched(model), pytest.raises(BakeError, match=message):
         guard.baked_copy()
-
-
-def without_bias() -> nn.Module:
-    model = fallen()
-    head = model.fc
-    assert isinstance(head, nn.Linear)
-    model.fc = nn.Linear(head.in_features, head.out_features, bias=False)
-    return model
 
 
 def test_a_correction_that_is_gone_is_not_passed_over() -> None:

@@ -6,7 +6,8 @@ other classes class 0; the held-out probe has enough of those to show it.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +26,9 @@ SHARES = {TRAIN: (0.98, 0.01), PROBE: (0.90, 0.10), TEST: (0.0, 0.0)}  # in clas
 NET = {"channels": [8, 8, 16, 32], "stem_width": 8}  # resnet10t with 23,000 weights
 UPDATES = 60  # after which a network has fallen
 QUICK = {"start": 1, "every": 8, "track_every": 3, "concepts": 8}
+KEPT = ("project", "rebalance")  # actions with which baking keeps the logits
 Batch = tuple[Tensor, Tensor]
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]  # the fixture of that name
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +114,13 @@ def _fallen(planted: bool) -> nn.Module:
 def fallen(*, planted: bool = True) -> nn.Module:
     """Return a copy of the network trained on the world without a guard; it is in train mode."""
     return copy.deepcopy(_fallen(planted))
+
+
+def without_bias() -> nn.Module:
+    """Return a fallen network whose head has no bias to hold the reference level."""
+    model = fallen()
+    model.fc = nn.Linear(model.num_features, CLASSES, bias=False)
+    return model
 
 
 def logits(model: nn.Module, images: Tensor | None = None) -> Tensor:
