@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from concept_guard import reporting
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
-from concept_guard.decisions import Channel, Stage
+from concept_guard.decisions import Channel, Decision, Stage
 from concept_guard.ids import known, listed
 from concept_guard.logs import EventLog
 from concept_guard.watch import Watch
@@ -70,7 +70,7 @@ class Acts:
         Args:
             step: Optimizer updates so far.
         """
-        for decision in self._channel.take(self._watch.last.step):
+        for decision in self._taken():
             said = f"{decision} (from the command line)"
             try:
                 done = self._acts[decision.act](list(decision.ids), step)
@@ -82,6 +82,15 @@ class Acts:
                 _logger.info("update %d, guard: %s", step, said)
             else:
                 warnings.warn(f"{said} is not done: {problem}. Training goes on.", stacklevel=4)
+
+    def _taken(self) -> list[Decision]:
+        """Return the new decisions; the first process has the command line's ear for all."""
+        taken = [*self._channel.take(self._watch.last.step)]
+        told: tuple[list[Decision], int] = self._corrector.ranks.of_first(
+            (taken, self._channel.read)
+        )
+        decisions, self._channel.read = told
+        return decisions
 
     def tell(self, stage: Stage, due: int) -> None:
         """Tell the command line where the run stands, once there was a round.

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from concept_guard.directions import Subspace
 from concept_guard.errors import BakeError
+from concept_guard.ranks import Ranks
 from concept_guard.tracking import Tracked
 
 LARGEST_WEIGHT = 5.0  # larger ones destroyed training (0.04 instead of 0.76 on unmarked digits)
@@ -170,12 +171,16 @@ def losses_without(
 class GroupCounts:
     """How many training samples of each class carry each tracked concept, with a fading memory.
 
+    Args:
+        ranks: The processes that train; None for this one alone.
+
     Attributes:
         counts: Concept id to `(M, 2)` float64 counts, absent and present, on the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.counts: dict[int, Tensor] = {}
+        self._ranks = Ranks(alone=True) if ranks is None else ranks
 
     def start(self, concept: int, labels: Tensor, carried: Tensor, num_classes: int) -> None:
         """Begin to count a concept with its shares on the probe.
@@ -193,6 +198,7 @@ class GroupCounts:
     ) -> Tensor:
         """Count a training batch and return the weight of each of its samples.
 
+        All processes count together: their batches weigh as one.
         Within a class, the group that is rarer (concept present or absent) weighs more, by the
         ratio of the shares to the power of the strength, at most five times as much; the mean
         weight over the counted samples is 1, so that the learning rate keeps its meaning. Several
@@ -208,10 +214,15 @@ class GroupCounts:
             `(B,)` positive weights in float32, on the device of the rows.
         """
         weight = torch.ones(len(labels), dtype=torch.float64, device=rows.device)
-        for concept in tracked:
-            carried = concept.read(rows).any(dim=1)
+        if not tracked:
+            return weight.float()
+        carriers = [concept.read(rows).any(dim=1) for concept in tracked]
+        classes = len(self.counts[tracked[0].concept])
+        seen = torch.stack([grouped(labels, carried, classes) for carried in carriers])
+        seen = self._ranks.summed(seen)
+        for concept, carried, counts in zip(tracked, carriers, seen, strict=True):
             known = self.counts[concept.concept]
-            known.mul_(MEMORY).add_(grouped(labels, carried, len(known)))
+            known.mul_(MEMORY).add_(counts)
             table = weight_table(known, LARGEST_WEIGHT, strength).to(rows.device)
             weight *= table[labels, carried.long()]
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()

@@ -43,6 +43,7 @@ class Corrector:
         flags: Concept id to the flag for which it is corrected.
         vetoed: Ids that are never corrected.
         approved: Ids that are corrected when flagged, also under `approve: manual`.
+        ranks: The processes that train.
         erasure: What is projected out of rows for them.
         penalty: What is added to the loss for them.
     """
@@ -53,10 +54,11 @@ class Corrector:
         self.flags: dict[int, Flag] = {}
         self.vetoed: set[int] = set()
         self.approved: set[int] = set()
+        self.ranks = probe.ranks
         self.erasure = Erasure(tap, probe, config)
-        self.penalty = Penalty(tap, self.erasure, config)
+        self.penalty = Penalty(tap, self.erasure, config, probe.ranks)
         self._ramp, self._updates = ramp, 0  # since the first of them came
-        self._counts = GroupCounts()
+        self._counts = GroupCounts(probe.ranks)
         self._probation = Probation()
         self._references = References(tap, probe, config)
 
@@ -276,7 +278,8 @@ class Corrector:
             The copy.
         """
         model = self._tap.model if model is None else model
-        return baked_copy(model, self._probe, self._config, self.tracked, self.strength, sample)
+        probe = self._probe.alone  # a checkpoint may be the business of one process
+        return baked_copy(model, probe, self._config, self.tracked, self.strength, sample)
 
     def close(self) -> None:
         """Let go of reference images and tracked concepts."""

@@ -21,6 +21,7 @@ from concept_guard.health import Health
 from concept_guard.last_round import LastRound
 from concept_guard.logs import EventLog, RoundReport
 from concept_guard.probe import probe_batches
+from concept_guard.ranks import Ranks
 from concept_guard.reading import check_labels, checked_pair
 from concept_guard.rebalancing import checked, descended
 from concept_guard.sampling import Samples
@@ -36,6 +37,10 @@ class ConceptGuard:
     Attach it before `torch.compile`, EMA copies and `DistributedDataParallel`. Nothing is
     registered on the model; `close` takes off exactly what was added. What is projected out is
     missing in eval mode and, after `bake`, in the weights; passes in train mode are not edited.
+
+    Where several processes train, every one builds a guard, after `init_process_group`, on the
+    whole probe, and makes the same calls: the guards share out its forward passes and hold the
+    same. The first one writes logs. `explain` and `baked_copy` are the business of one process.
 
     Args:
         model: Image classifier; a module of it is hooked, nothing is wrapped or changed.
@@ -70,7 +75,37 @@ class ConceptGuard:
         self._timetable = Timetable(self.config.updates("start"), self.config.updates("every"))
         self._pace = Pace(self.config.updates("track_every"))
         ramp = self.config.updates("ramp")
-        self._probe = probe_batches(probe, self.config.seed)
+        self._ranks = Ranks()
+        try:
+            self._attach(model, probe)
+        except Exception as error:
+            self._ranks.fail(error)
+            self._ranks.close()
+            raise
+        log_dir = log_dir if self._ranks.first else None
+        self._model_name = type(model).__name__
+        self._log = EventLog(
+            log_dir, hparams=self.config.model_dump(mode="json"), class_names=class_names
+        )
+        self._channel = Channel(log_dir)
+        self._health = Health(self.tap, self.config.tap, self._ranks)
+        self._corrector = Corrector(self.tap, self._probe, self.config, ramp)
+        self._watch = Watch(
+            self.tap, self._probe, self._corrector, self._health, self._log, self.config
+        )
+        self._acts = Acts(
+            self._corrector, self._watch, self._log, self._channel, self.config, class_names
+        )
+        self._explainer = Explainer(self.tap, self._probe.alone, self.config.max_rows)
+        self._samples = Samples(self._corrector, self.config.seed)
+        self._clock = Clock()
+        self.steps, self.baked = 0, ""
+        self._stage: Stage = "training"
+        self._round_is_due = self._resumed = self._closed = False
+
+    def _attach(self, model: nn.Module, probe: Iterable[Any]) -> None:
+        """Tap the model, if the probe can be worked with."""
+        self._probe = probe_batches(probe, self.config.seed, self._ranks)
         sample = next(iter(self._probe), None)
         if sample is None:
             check_labels([], 0)
@@ -82,29 +117,11 @@ class ConceptGuard:
             keep_images="penalize" in self.config.action,
         )
         try:
-            self._images = check_labels(self._probe, self.tap.num_classes)
+            labels = check_labels(self._probe, self.tap.num_classes, self._ranks)
         except BaseException:
             self.tap.close()
             raise
-        self._model_name = type(model).__name__
-        self._log = EventLog(
-            log_dir, hparams=self.config.model_dump(mode="json"), class_names=class_names
-        )
-        self._channel = Channel(log_dir)
-        self._health = Health(self.tap, self.config.tap)
-        self._corrector = Corrector(self.tap, self._probe, self.config, ramp)
-        self._watch = Watch(
-            self.tap, self._probe, self._corrector, self._health, self._log, self.config
-        )
-        self._acts = Acts(
-            self._corrector, self._watch, self._log, self._channel, self.config, class_names
-        )
-        self._explainer = Explainer(self.tap, self._probe, self.config.max_rows)
-        self._samples = Samples(self._corrector, self.config.seed)
-        self._clock = Clock()
-        self.steps, self.baked = 0, ""
-        self._stage: Stage = "training"
-        self._round_is_due = self._resumed = self._closed = False
+        self._images = len(labels)
 
     @property
     def report(self) -> RoundReport | None:
@@ -120,6 +137,11 @@ class ConceptGuard:
     def erased(self) -> tuple[int, ...]:
         """Ids of the concepts under correction."""
         return tuple(t.concept for t in self._corrector.tracked)
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together, as far as the guard knows."""
+        return self._ranks.size
 
     @property
     def closed(self) -> bool:
@@ -183,6 +205,7 @@ class ConceptGuard:
             The record of a round that ran, else None.
         """
         self._health.check_fired()
+        self._ranks.check()
         self.steps += 1
         self._corrector.updated()
         self._clock.start()
@@ -190,13 +213,13 @@ class ConceptGuard:
             self._resumed = False
             self._guarded(self._go_on)
         self._round_is_due |= self._timetable.is_round(self.steps)
-        if not self._clock.affords(self.config.budget):
+        track_is_due = bool(self._corrector.tracked) and self._pace.is_due(self.steps)
+        if not (self._round_is_due or track_is_due) or not self._affords():
             return None
         if self._round_is_due:
             self._round_is_due = False
             return self._guarded(self._round)
-        if self._corrector.tracked and self._pace.is_due(self.steps):
-            self._guarded(self._track)
+        self._guarded(self._track)
         return None
 
     def round(self) -> RoundReport | None:
@@ -290,11 +313,7 @@ class ConceptGuard:
         """
         if self._closed:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
-        self._acts.heed(self.steps)
-        reading = self._corrector.erasure.settle(self._corrector.tracked)
-        self._tell("finished")
-        self.baked = self._corrector.bake(reading)
-        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
+        self._ranks.all_or_none(self._bake, self, self.tap.model)
 
     def baked_copy(self, model: nn.Module | None = None) -> nn.Module:
         """Return a copy of the model with the correction folded in, as `bake` would leave it.
@@ -327,6 +346,7 @@ class ConceptGuard:
         self.tap.close()
         self._corrector.close()
         self._log.close()
+        self._ranks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -343,6 +363,7 @@ class ConceptGuard:
         return {
             "schema_version": state.SCHEMA_VERSION,
             "model": self._identity(),
+            "processes": self._ranks.size,
             "steps": self.steps,
             "round_is_due": self._round_is_due,
             "decisions_read": self._channel.read,
@@ -363,13 +384,28 @@ class ConceptGuard:
         if saved is None:
             return
         state.check(saved, self._identity(), set(self.state_dict()))
+        if saved["processes"] != self._ranks.size:
+            warnings.warn(
+                f"guard state was saved by {saved['processes']} processes, {self._ranks.size} go "
+                "on: what was found and corrected is taken over, but an epoch has another number "
+                "of updates; set steps_per_epoch, start and every to match",
+                stacklevel=2,
+            )
+        self.put_back(saved)
+        self._resumed = True
+
+    def put_back(self, saved: Mapping[str, Any]) -> None:
+        """Take a state of this guard, or of its like in another process, as it is.
+
+        Args:
+            saved: Result of `state_dict`.
+        """
         self._samples.load_state_dict(saved["samples"])
         self._pace.load_state_dict(saved["pace"])
         self._corrector.load_state_dict(saved)
         self._watch.last = LastRound.from_state(saved, self.tap.device)
         self.steps, self._round_is_due = saved["steps"], saved["round_is_due"]
         self._channel.read = saved["decisions_read"]
-        self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
         shape = {"channels": self.tap.channels, "num_classes": self.tap.num_classes}
@@ -393,6 +429,20 @@ class ConceptGuard:
         self._acts.heed(self.steps)
         self._tell("training")
 
+    def _bake(self) -> None:
+        self._acts.heed(self.steps)
+        reading = self._corrector.erasure.settle(self._corrector.tracked)
+        classifier = self.tap.classifier
+        self._tell("finished")
+        with self._ranks.one_result([] if classifier is None else classifier.parameters()):
+            self.baked = self._corrector.bake(reading)
+        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
+
+    def _affords(self) -> bool:
+        """Return whether there is time for what is due, by the clock of the first process."""
+        budget = self.config.budget
+        return budget is None or self._ranks.of_first(self._clock.affords(budget))
+
     def _tell(self, stage: Stage) -> None:
         self._stage = stage
         self._acts.tell(stage, self._timetable.next_round(self.steps))
@@ -411,4 +461,4 @@ class ConceptGuard:
 
     def _timed(self, stage: Callable[[], T]) -> T:
         with self._clock.spending():
-            return stage()
+            return self._ranks.all_or_none(stage, self, self.tap.model)

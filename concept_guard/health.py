@@ -9,6 +9,7 @@ from torch import Tensor
 
 from concept_guard import measures
 from concept_guard.errors import TapError
+from concept_guard.ranks import Ranks
 from concept_guard.reading import Reading
 from concept_guard.taps import Tap
 
@@ -19,10 +20,11 @@ class Health:
     Args:
         tap: Where the model is read.
         name: The tap's name in the settings, for messages.
+        ranks: The processes that train.
     """
 
-    def __init__(self, tap: Tap, name: str) -> None:
-        self._tap, self._name = tap, name
+    def __init__(self, tap: Tap, name: str, ranks: Ranks) -> None:
+        self._tap, self._name, self._ranks = tap, name, ranks
         self._fired = False
         self._loss: Tensor | None = None
         self._warned: set[str] = set()
@@ -68,7 +70,8 @@ class Health:
         Returns:
             False if there are NaN or infinite values.
         """
-        wrong = measures.not_finite(reading, self._loss, self._name)
+        heard = self._ranks.gathered(measures.not_finite(reading, self._loss, self._name))
+        wrong = [*dict.fromkeys(what for of_one in heard for what in of_one)]
         if wrong:
             warnings.warn(
                 f"round at step {step} skipped: {' and '.join(wrong)} hold NaN or infinite values, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from concept_guard.config import GuardConfig
 from concept_guard.directions import Subspace
 from concept_guard.erasure import Erasure
+from concept_guard.ranks import Ranks
 from concept_guard.taps import Tap
 
 MOST = 8.0  # of the multiplier
@@ -152,6 +153,7 @@ class Penalty:
         tap: Where rows are read.
         erasure: Holds the subspace of the concepts.
         config: Settings of the guard; nothing is held down unless `penalize` is an action.
+        ranks: The processes that train, whose batches count as one; None for this one alone.
 
     Attributes:
         share: Of the variance of the logits, as the last batches had it; 0 before the first.
@@ -159,8 +161,11 @@ class Penalty:
         multiplier: From 0 to `MOST`.
     """
 
-    def __init__(self, tap: Tap, erasure: Erasure, config: GuardConfig) -> None:
+    def __init__(
+        self, tap: Tap, erasure: Erasure, config: GuardConfig, ranks: Ranks | None = None
+    ) -> None:
         self._tap, self._erasure, self._config = tap, erasure, config
+        self._ranks = Ranks(alone=True) if ranks is None else ranks
         self._concepts: set[int] = set()
         self._begin(0.0)
         self.share = self.excess = self.multiplier = 0.0
@@ -203,34 +208,42 @@ class Penalty:
             as it should be.
         """
         rows, subspace, head = self._tap.captured, self._erasure.subspace, self._tap.classifier
-        if rows is None or subspace is None:
-            return None, "the last forward pass gave no rows to the tap"
-        if len(rows) < 2:
-            return None, "the batch has one sample, and a variance takes two"
+        problems = [*filter(None, self._ranks.gathered(self._lacking()))]
+        if problems or rows is None or subspace is None:
+            return None, problems[0] if problems else "nothing is penalized"
         self._calls += 1
         if head is not None:
-            updates, (carried, whole) = 1, carried_by(rows[:, 0], head, subspace)
+            rows, updates = self._ranks.joined(rows[:, 0]), 1
+            carried, whole = carried_by(rows, head, subspace)
+        elif self._calls % EVERY or self._tap.images is None:
+            return None, ""
         else:
-            images = self._tap.images
-            if images is None or len(images) != len(rows):
-                return None, "the model was called without a tensor of images as first argument"
-            if self._calls % EVERY:
-                return None, ""
             updates = EVERY
-            carried, whole = carried_behind(self._tap, images, rows, subspace)
-        problem = self._hear((carried / whole).detach(), strength, updates)
+            carried, whole = carried_behind(self._tap, self._tap.images, rows, subspace)
+        shares = self._ranks.gathered(float((carried / whole).detach()))
+        problem = self._hear(sum(shares) / len(shares), strength, updates)
         weight = updates * min(MOST, self.multiplier + self.excess)
         if problem or weight <= 0:
             return None, problem
         return weight * (carried + ROUNDED**2 * whole).sqrt(), ""
 
-    def _hear(self, share: Tensor, strength: float, updates: int) -> str:
+    def _lacking(self) -> str:
+        """Return what it takes to measure the share in the batch and is not there."""
+        rows, images = self._tap.captured, self._tap.images
+        if rows is None:
+            return "the last forward pass gave no rows to the tap"
+        if len(rows) < 2:
+            return "the batch has one sample, and a variance takes two"
+        if self._tap.classifier is None and (images is None or len(images) != len(rows)):
+            return "the model was called without a tensor of images as first argument"
+        return ""
+
+    def _hear(self, now: float, strength: float, updates: int) -> str:
         """Take note of the share in a batch, and move the multiplier.
 
         Returns:
             What is wrong, or nothing.
         """
-        now = float(share)
         if not 0 <= now < float("inf"):
             return (
                 "the logits of the batch do not vary, or are not finite; lower the learning rate "

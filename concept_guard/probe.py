@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from concept_guard.errors import ProbeError
+from concept_guard.ranks import Ranks
 from concept_guard.reading import checked_pair
 
 
@@ -80,12 +81,24 @@ def _random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 class Batches:
-    """Batches of a probe, the same on every pass; a pass changes neither probe nor random state."""
+    """Batches of a probe, the same on every pass; a pass changes neither probe nor random state.
 
-    def __init__(self, source: Iterable[Any], seed: int, *, own: bool = False) -> None:
+    Attributes:
+        ranks: The processes among which the batches are dealt out.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], seed: int, *, own: bool = False, ranks: Ranks | None = None
+    ) -> None:
         self._source = source
         self._seed = seed
         self._own = own
+        self.ranks = Ranks(alone=True) if ranks is None else ranks
+
+    @property
+    def alone(self) -> "Batches":
+        """The same batches, all of them for this process."""
+        return Batches(self._source, self._seed, own=self._own)
 
     def __iter__(self) -> Iterator[Any]:
         generators = _generators(self._source)
@@ -103,6 +116,26 @@ class Batches:
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+    def dealt(self) -> Iterator[tuple[int, Any]]:
+        """Yield this process's share of the batches: every so many-th, from its rank on.
+
+        A loader in the order of its dataset loads just these; anything else is passed over in full.
+
+        Yields:
+            The probe index of the first image of a batch, and the batch.
+        """
+        rank, size = self.ranks.rank, self.ranks.size
+        if isinstance(self._source, DataLoader) and self._own and size > 1:
+            order, each = list(self._source.sampler), self._source.batch_size or 1
+            starts = range(rank * each, len(order), size * each)
+            mine = [index for start in starts for index in order[start : start + each]]
+            share = Batches(_reordered(self._source, mine, self._seed), self._seed)
+            yield from zip(starts, share, strict=True)
+            return
+        for number, (start, batch) in enumerate(counted(self)):
+            if number % size == rank:
+                yield start, batch
 
     def only(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images of the given ascending positions, in batches.
@@ -127,7 +160,22 @@ class Batches:
             start += len(labels)
 
 
-def probe_batches(probe: Iterable[Any], seed: int) -> Batches:
+def counted(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield batches, each with the position of its first image.
+
+    Args:
+        batches: `(images, labels)` pairs.
+
+    Yields:
+        Position and batch.
+    """
+    start = 0
+    for batch in batches:
+        yield start, batch
+        start += len(checked_pair(batch, start)[1])
+
+
+def probe_batches(probe: Iterable[Any], seed: int, ranks: Ranks | None = None) -> Batches:
     """Return the batches of `probe`, the same on every pass, without side effects.
 
     A plain map-style `DataLoader` is read through an own loader in the order of its dataset, so
@@ -136,6 +184,7 @@ def probe_batches(probe: Iterable[Any], seed: int) -> Batches:
     Args:
         probe: Held-out `(images, labels)` batches that can be iterated many times.
         seed: Of the random numbers that dataset, workers or sampler draw during a pass.
+        ranks: The processes among which the batches are dealt out; None for this one alone.
 
     Returns:
         An iterable; passes over it change neither `probe` nor the global random state.
@@ -156,9 +205,8 @@ def probe_batches(probe: Iterable[Any], seed: int) -> Batches:
             "pass the DataLoader itself, or list(probe) if it fits in memory"
         )
     own = _own_loader(probe, seed)
-    return Batches(
-        probe if own is None else own, seed, own=own is not None and own.batch_size is not None
-    )
+    in_order = own is not None and own.batch_size is not None
+    return Batches(probe if own is None else own, seed, own=in_order, ranks=ranks)
 
 
 def images_at(batches: Batches, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +229,11 @@ def images_at(batches: Batches, indices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(images)[back], torch.cat(labels)[back]
 
 
+def is_share(sampler: object) -> bool:
+    """Return whether a sampler gives this process its share of a dataset, as in torch and timm."""
+    return hasattr(sampler, "num_replicas") and hasattr(sampler, "dataset")
+
+
 def _own_loader(probe: Iterable[Any], seed: int) -> DataLoader[Any] | None:
     """Return a loader over the dataset of `probe` in its order; None if there is no such order."""
     if type(probe) is not DataLoader or isinstance(probe.dataset, IterableDataset):
@@ -194,6 +247,8 @@ def _own_loader(probe: Iterable[Any], seed: int) -> DataLoader[Any] | None:
         order = SequentialSampler(probe.sampler.data_source)
     elif type(probe.sampler) is SequentialSampler:
         order = probe.sampler
+    elif is_share(probe.sampler):
+        order = range(len(probe.dataset))  # type: ignore[arg-type]
     else:
         return None
     return _reordered(probe, order, seed)

@@ -3,14 +3,16 @@
 Nothing here knows where batches come from or where a model is read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from concept_guard.errors import ProbeError
+from concept_guard.ranks import Ranks
 
 _LISTED = 10  # offenders spelled out in one message
 
@@ -48,23 +50,27 @@ def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def check_labels(batches: Iterable[Any], num_classes: int) -> int:
+def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks | None = None) -> Tensor:
     """Refuse a probe that cannot be counted, in one pass over its labels.
 
-    One `ProbeError` names every fault: no image, labels outside `[0, M)`, classes without image.
+    One `ProbeError` names every fault: no image, labels outside `[0, M)`, classes without image;
+    another one that processes have different probes.
 
     Args:
         batches: The probe, best as `probe_batches` returns it.
         num_classes: Number of logits of the model, M.
+        ranks: The processes that are to have the same probe; None for this one alone.
 
     Returns:
-        The number of images.
+        `(N,)` the labels of all images.
     """
     labels: list[Tensor] = []
     for batch in batches:
         labels.append(checked_pair(batch, sum(map(len, labels)))[1].cpu())
+    if ranks is not None:
+        ranks.check_alike(labels)
     check_counts(labels, num_classes, every_class=True)
-    return sum(map(len, labels))
+    return torch.cat(labels)
 
 
 def check_counts(labels: list[Tensor], num_classes: int, *, every_class: bool = False) -> None:
@@ -134,11 +140,15 @@ class Reading:
         return Reading(*kept, self.seen, self.grid)
 
 
+Parts = tuple[list[tuple[int, Tensor]], list[list[Tensor]]]
+
+
 class Reservoir:
     """Collects a `Reading`: a uniform sample, without replacement, of a stream of images.
 
     Every image draws a key; those with the smallest keys stay, in the order of the stream. Which
-    ones stay depends on the seed and the stream, not on how it is cut into batches.
+    ones stay depends on the seed and the stream, not on how it is cut into batches, or dealt out
+    to several reservoirs that are joined afterwards.
 
     Args:
         max_rows: Rows to keep. At least one image is kept, and always all of its rows.
@@ -152,27 +162,38 @@ class Reservoir:
         self._size = max_rows if max_images is None else max_images
         self._limit = 1.0  # images with larger keys can no longer stay
         self._generator = torch.Generator().manual_seed(seed)
-        self._labels: list[Tensor] = []
+        self._passed = 0  # images of the stream that have drawn a key
+        self._labels: list[tuple[int, Tensor]] = []  # with the position of the first
         self._chunks: list[list[Tensor]] = []  # keys, indices, labels, logits, rows
 
-    def add(self, rows: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Offer the next images: rows `(B, Q, C)`, logits `(B, M)` and labels `(B,)`.
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor, start: int | None = None) -> None:
+        """Offer the next images.
+
+        Args:
+            rows: `(B, Q, C)` activations.
+            logits: `(B, M)` logits.
+            labels: `(B,)` classes.
+            start: Position of the first of them in the stream, not before the last ones; None if
+                they follow the last ones.
 
         Raises:
             ProbeError: If Q is not what it was for the first images.
         """
+        start = self._passed if start is None else start
         expected = self._chunks[0][-1].shape[1] if self._chunks else rows.shape[1]
         if rows.shape[1] != expected:
             raise ProbeError(
-                f"probe batch that starts at image {self.seen}: {rows.shape[1]} positions per "
+                f"probe batch that starts at image {start}: {rows.shape[1]} positions per "
                 f"image, expected {expected} as in the first batch; give all images one size"
             )
         self._size = max(1, min(self._size, self._max_rows // expected))
+        torch.rand(start - self._passed, generator=self._generator, dtype=torch.float64)
         keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        indices = torch.arange(self.seen, self.seen + len(rows), device=rows.device)
+        indices = torch.arange(start, start + len(rows), device=rows.device)
         columns = [keys, indices, labels.to(rows.device, torch.int64), logits, rows]
         self._chunks.append(_picked(columns, keys <= self._limit))
-        self._labels.append(labels.cpu())
+        self._labels.append((start, labels.cpu()))
+        self._passed = start + len(rows)
         self.seen += len(rows)
         if sum(len(chunk[0]) for chunk in self._chunks) > self._size + self._size // 4:
             self._prune()  # seldom, so that the copying stays linear in what enters
@@ -183,9 +204,37 @@ class Reservoir:
             self._limit = keys.kthvalue(self._size).values.item()
             self._chunks = [_picked(chunk, chunk[0] <= self._limit) for chunk in self._chunks]
 
+    def parts(self) -> Parts:
+        """Return what it takes to join this reservoir to others, on the CPU."""
+        return self._labels, [[column.cpu() for column in chunk] for chunk in self._chunks]
+
+    def join(self, parts: Sequence[Parts], device: torch.device) -> None:
+        """Hold what several reservoirs of one stream hold together, this one among them.
+
+        Args:
+            parts: Of all of them.
+            device: Where the images that stay are to be.
+
+        Raises:
+            ProbeError: If Q is not the same in all of them.
+        """
+        self._labels = sorted((batch for labels, _ in parts for batch in labels), key=itemgetter(0))
+        chunks = [chunk for _, chunks in parts for chunk in chunks if len(chunk[0])]
+        positions = sorted({chunk[-1].shape[1] for chunk in chunks})
+        if len(positions) > 1:
+            raise ProbeError(
+                f"probe batches have {' or '.join(map(str, positions))} positions per image, "
+                "expected as many in all of them; give all images one size"
+            )
+        chunks.sort(key=lambda chunk: int(chunk[1][0]))
+        self._chunks = [[column.to(device) for column in chunk] for chunk in chunks]
+        self.seen = sum(len(labels) for _, labels in self._labels)
+        if positions:
+            self._size = max(1, min(self._size, self._max_rows // positions[0]))
+
     def reading(self, num_classes: int, grid: tuple[int, int]) -> Reading:
         """Return the images that stay, if no label of any image is wrong."""
-        check_counts(self._labels, num_classes)
+        check_counts([labels for _, labels in self._labels], num_classes)
         self._prune()
         _, indices, labels, logits, rows = map(torch.cat, zip(*self._chunks, strict=True))
         return Reading(rows, logits, labels, indices, self.seen, grid)

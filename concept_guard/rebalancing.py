@@ -103,6 +103,8 @@ def _of_samples(
     if problem or rows is None or targets is None:
         stopped = "rebalancing" if corrector.rebalancing else "adapting the classifier"
         health.warn_once(f"{stopped} cannot act: {problem}.")
+        if corrector.ranks.size > 1:
+            _show_nothing(loss, tap, corrector, samples)
         return plain
     weights, weighed = torch.ones_like(targets, dtype=plain.dtype), plain
     if corrector.rebalancing and samples.size is not None:
@@ -120,6 +122,15 @@ def _of_samples(
         return weighed
     without = (corrector.erasure.losses_without(rows, targets) * weights).mean()
     return weighed + (without - without.detach())
+
+
+def _show_nothing(loss: Tensor, tap: Tap, corrector: Corrector, samples: Samples) -> None:
+    """Tell other processes, which wait for it, that the batch of this one cannot be counted."""
+    rows, none = torch.empty(0, 1, tap.channels), torch.empty(0, dtype=torch.long)
+    if corrector.rebalancing and samples.size is not None:
+        samples.see(none, none, rows)
+    elif corrector.rebalancing and loss.ndim:
+        corrector.weights(rows, none)
 
 
 def _show(

@@ -87,8 +87,9 @@ def refit(
 def _refit(
     rows: Tensor, labels: Tensor, weights: Tensor, classifier: nn.Linear, seed: int
 ) -> Refit:
-    weight, bias = classifier.weight.detach(), classifier.bias
-    start = functional.linear(rows, weight, None if bias is None else bias.detach())
+    weight = classifier.weight.detach().to(rows.dtype)
+    bias = None if classifier.bias is None else classifier.bias.detach().to(rows.dtype)
+    start = functional.linear(rows, weight, bias)
     centre, axes = rows.mean(dim=0), _principal(rows)
     turned = (rows - centre) @ axes
     fold = folds(labels, seed)
@@ -106,7 +107,7 @@ def _refit(
     steps = best.units(turned, labels)
     change = _fitted(turned @ steps, *data, best.stiffness, None)
     turn, level, scale = change.turn @ (axes @ steps).T, change.level, change.scale.exp()
-    old = torch.zeros_like(level) if bias is None else bias.detach()
+    old = torch.zeros_like(level) if bias is None else bias
     gain = plain - best.losses
     before, now = (logits.argmax(dim=1) == labels for logits in (start, best.logits))
     return Refit(

@@ -26,10 +26,11 @@ class Samples:
 
     Attributes:
         size: Training samples; None until a sampler is made.
+        ranks: The processes that train.
     """
 
     def __init__(self, corrector: Corrector, seed: int) -> None:
-        self._corrector = corrector
+        self._corrector, self.ranks = corrector, corrector.ranks
         self.size: int | None = None
         self._labels = torch.empty(0, dtype=torch.long)
         self._carried: dict[int, Tensor] = {}  # by concept, int8
@@ -97,21 +98,21 @@ class Samples:
         return at.long()
 
     def see(self, indices: Tensor, labels: Tensor, rows: Tensor) -> None:
-        """Remember what the samples of a batch carry.
+        """Remember what the samples of a batch carry, and those of the other processes' batches.
 
         Args:
             indices: `(B,)` positions in the training set.
             labels: `(B,)` their classes.
             rows: `(B, Q, C)` their activations, before any correction.
         """
-        self._labels[indices] = labels.cpu()
-        known = {}
-        for concept in self._corrector.tracked:
-            unknown = torch.full_like(self._labels, UNKNOWN, dtype=torch.int8)
-            known[concept.concept] = self._carried.get(concept.concept, unknown)
-            carried = concept.read(rows).any(dim=1)
-            known[concept.concept][indices] = carried.to("cpu", torch.int8)
-        self._carried = known
+        unknown = torch.full_like(self._labels, UNKNOWN, dtype=torch.int8)
+        ids = [concept.concept for concept in self._corrector.tracked]
+        self._carried = {i: self._carried.get(i, unknown.clone()) for i in ids}
+        carried = [c.read(rows).any(dim=1).to("cpu", torch.int8) for c in self._corrector.tracked]
+        for at, y, present in self.ranks.gathered((indices, labels.cpu(), carried)):
+            self._labels[at] = y
+            for i, there in zip(ids, present, strict=True):
+                self._carried[i][at] = there
 
     @property
     def weights(self) -> Tensor | None:
@@ -171,7 +172,8 @@ class GroupSampler(Sampler[int]):
     """Draws the indices of an epoch: plainly shuffled, or with replacement by what samples carry.
 
     While no concept is rebalanced it is `torch.utils.data.RandomSampler`, in the same order for the
-    same generator. What counts is what is known when an epoch begins.
+    same generator. What counts is what is known when an epoch begins. Of several processes, whose
+    generators have to agree, each takes its part of the epoch, all of the same length.
 
     Args:
         samples: Knows what training samples carry.
@@ -182,12 +184,13 @@ class GroupSampler(Sampler[int]):
         self._samples, self._generator = samples, generator
 
     def __len__(self) -> int:
-        return self._samples.size or 0
+        return -(-(self._samples.size or 0) // self._samples.ranks.size)
 
     def __iter__(self) -> Iterator[int]:
-        weights = self._samples.weights
+        weights, size, ranks = self._samples.weights, self._samples.size or 0, self._samples.ranks
         if weights is None:
-            yield from RandomSampler(range(len(self)), generator=self._generator)
+            drawn = [*RandomSampler(range(size), generator=self._generator)]
         else:
-            drawn = torch.multinomial(weights, len(self), True, generator=self._generator)
-            yield from drawn.tolist()
+            drawn = torch.multinomial(weights, size, True, generator=self._generator).tolist()
+        drawn += drawn[: len(self) * ranks.size - size]
+        yield from drawn[ranks.rank :: ranks.size]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from concept_guard.errors import TapError
 from concept_guard.hooks import Edit, Hook, ImagesHook, Shared
 from concept_guard.layouts import positions
-from concept_guard.probe import isolated, probe_batches
+from concept_guard.probe import counted, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
 from concept_guard.sites import Survey, is_head, locate, refuse_compiled, silence
 
@@ -186,6 +186,7 @@ class Tap:
     ) -> Reading:
         """Pass over the probe once, isolated, and keep a uniform sample of its images.
 
+        Where its batches are dealt out to several processes, all come here and get the whole.
         A `ProbeError` names all labels that are no class, once the pass is over.
 
         Args:
@@ -197,15 +198,19 @@ class Tap:
         Returns:
             Rows before the current edit and logits after it, on the device of the model.
         """
-        source = batches if isinstance(batches, Iterator) else probe_batches(batches, seed)
+        source = None if isinstance(batches, Iterator) else probe_batches(batches, seed)
         reservoir, grid = Reservoir(max_rows, max_images, seed), self.grid
         with self._own_pass(self.edit) as model:
-            for batch in source:
-                images, labels = checked_pair(batch, reservoir.seen)
+            for start, batch in counted(batches) if source is None else source.dealt():
+                images, labels = checked_pair(batch, start)
                 logits, rows = self._forward(model, images)
                 if not reservoir.seen:
                     grid = positions(model, images, self._layout, self._shared.shape)
-                reservoir.add(rows, logits, labels)
+                reservoir.add(rows, logits, labels, start)
+        if source is not None and source.ranks.size > 1:
+            heard = source.ranks.gathered((reservoir.parts(), grid))
+            reservoir.join([parts for parts, _ in heard], self.device)
+            grid = heard[0][1]
         return reservoir.reading(self.num_classes, grid)
 
     def logits(self, images: Tensor, edit: Edit | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Question: how does the guard get into a loop with Accelerate?
 
 Data: see tinted_digits.py. Needs: pip install ".[hf]"
-Command: python recipes/in_accelerate.py
+Command: python recipes/in_accelerate.py, or torchrun --nproc-per-node 2 recipes/in_accelerate.py
 Expected: see README.md beside this file. Run time: half a minute on 2 CPU cores.
 """
 
@@ -17,7 +17,7 @@ train, probe = drawn()
 accelerator, model = Accelerator(cpu=True), network()
 guard = ConceptGuard(model, probe=DataLoader(probe, batch_size=256), config=GUARD)  # before prepare
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
-loader = DataLoader(train, batch_size=64, shuffle=True)
+loader = DataLoader(train, batch_size=64 // accelerator.num_processes, shuffle=True)
 prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 accelerator.register_for_checkpointing(guard)  # save_state and load_state carry it
 for _epoch in range(10):
@@ -31,4 +31,4 @@ for _epoch in range(10):
 
 guard.bake()
 guard.close()
-print(scores(model))
+accelerator.print(scores(model))

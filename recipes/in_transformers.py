@@ -33,7 +33,6 @@ class Model(nn.Module):
 
 train, probe = drawn()
 model = Model()
-callback = ConceptGuardCallback(model.timm_model, DataLoader(probe, batch_size=256), GUARD)
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         output_dir=folder,
@@ -45,6 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
         save_strategy="no",
         disable_tqdm=True,
     )
+    callback = ConceptGuardCallback(model.timm_model, DataLoader(probe, batch_size=256), GUARD)
     trainer = Trainer(
         model,
         arguments,

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "concept_guard"
 # A module may import only from the rows above its own; same-row imports are forbidden.
 LAYERS = [
     {"errors", "clock", "ids", "decisions"},
+    {"ranks"},
     {"strict", "reading", "deciding"},
     {"config"},
     {"layouts"},

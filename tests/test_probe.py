@@ -206,7 +206,7 @@ def test_all_label_faults_are_told_in_one_message() -> None:
     for empty in ([], [(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))]):
         with pytest.raises(ProbeError, match="probe is empty"):
             check_labels(empty, 5)
-    assert check_labels([batch(4), batch(5)], CLASSES) == 9
+    assert len(check_labels([batch(4), batch(5)], CLASSES)) == 9
 
 
 def sampled(cuts: Iterable[int], seed: int, max_rows: int, positions: int = 1) -> Reading:

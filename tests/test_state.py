@@ -122,9 +122,9 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
     [
         (
             saved_state(schema_version=99),
-            "guard state has schema_version 99, expected 6; load it with the concept_guard version",
+            "guard state has schema_version 99, expected 7; load it with the concept_guard version",
         ),
-        ({}, "guard state has schema_version None, expected 6"),
+        ({}, "guard state has schema_version None, expected 7"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
             {"schema_version": state.SCHEMA_VERSION, "model": MODEL},

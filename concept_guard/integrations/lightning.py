@@ -70,16 +70,12 @@ class ConceptGuardCallback(Callback):
         pl_module.training_step = self._guarded(pl_module.training_step)  # type: ignore[method-assign]
 
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name everything that would train without the guard, or differently in each process.
+        """Name everything that would train without the guard.
 
         Raises:
             ConfigError: If there is anything.
         """
         wrong = []
-        if trainer.world_size > 1:
-            wrong.append(
-                f"{trainer.world_size} processes would each correct something else; train in one"
-            )
         if not pl_module.automatic_optimization:
             wrong.append(
                 "with manual optimization the loss is not the callback's to change; hold a "
@@ -136,9 +132,9 @@ class ConceptGuardCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Fold the correction into the weights of a checkpoint; the others go beside them."""
-        del trainer, pl_module
-        if self.guard is None or self.guard.closed:
-            return
+        del pl_module
+        if self.guard is None or self.guard.closed or not trainer.is_global_zero:
+            return  # the first process writes the checkpoint
         try:
             folded = self.guard.baked_copy().state_dict()
         except (BakeError, ValueError) as error:

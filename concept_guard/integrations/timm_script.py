@@ -7,6 +7,7 @@ for TensorBoard, `output/concept_guard/<time>-<model>` if it is not there.
 
 import argparse
 import atexit
+import copy
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -16,9 +17,11 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import yaml
+from torch.utils.data import DataLoader
 
 from concept_guard.errors import ConfigError
 from concept_guard.integrations.timm_task import ConceptGuardTask
+from concept_guard.probe import is_share
 
 VARIABLE = "CONCEPT_GUARD_CONFIG"
 KEY = "concept_guard"
@@ -58,6 +61,33 @@ def updates_in(loader: Any, arguments: list[str]) -> int:
         whole = _mapping(_read(given.config), given.config) if given.config else {}
         batches = whole.get("grad_accum_steps", 1)
     return -(-len(loader) // max(1, int(batches)))
+
+
+def whole(loader: Any) -> Any:
+    """Return a loader of timm over the whole dataset, not this process's share of it.
+
+    Args:
+        loader: Of timm; with a prefetcher it has another one inside.
+
+    Returns:
+        The same loader where it is not divided.
+    """
+    inner = getattr(loader, "loader", loader)
+    if not isinstance(inner, DataLoader) or not is_share(inner.sampler):
+        return loader
+    new = DataLoader(
+        inner.dataset,
+        batch_size=inner.batch_size,
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=inner.worker_init_fn,
+    )
+    if inner is loader:
+        return new
+    prefetching = copy.copy(loader)
+    prefetching.loader = new
+    return prefetching
 
 
 def _given(arguments: list[str]) -> argparse.Namespace:
@@ -123,7 +153,7 @@ def guard_script(script: ModuleType, arguments: list[str]) -> None:
             )
         folder = log_dir or _folder(type(model).__name__)
         new = ConceptGuardTask(
-            model, *args, probe=loaders[-1], config=config, log_dir=folder, **kwargs
+            model, *args, probe=whole(loaders[-1]), config=config, log_dir=folder, **kwargs
         )
         atexit.register(new.guard.close)
         return new

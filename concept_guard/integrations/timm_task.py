@@ -29,6 +29,9 @@ class ConceptGuardTask(ClassificationTask):
     one of timm; the weights as they are trained, and the state of the guard, are in `task_state`
     beside it, from where a run resumes.
 
+    Several processes build one task each, on the whole probe; `prepare_distributed` wraps the model
+    as it does without a guard.
+
     While nothing is corrected the loss is that of the criterion, bit for bit. With soft targets
     (Mixup, CutMix) nothing can be weighed by class, and the guard says so once it would.
 
@@ -91,17 +94,6 @@ class ConceptGuardTask(ClassificationTask):
         if report is not None and self.verbose:
             _logger.info("update %d, guard: %s", report.step, report.verdict)
         super().update_ema(step)
-
-    def prepare_distributed(self, *_: Any, **__: Any) -> "ConceptGuardTask":
-        """Refuse to be distributed: every process would correct something else.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            "ConceptGuardTask: distributed training is not guarded, every process would correct "
-            "something else; train in one process, or use timm.task.ClassificationTask"
-        )
 
     def get_checkpoint_state(
         self, ema: bool = False, unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model

@@ -106,7 +106,7 @@ class ConceptGuardCallback(TrainerCallback):
         """Go on from the checkpoint that the Trainer has resumed from, if there is one.
 
         Raises:
-            ConfigError: If several processes train, or the guard is closed.
+            ConfigError: If the guard is closed, or was built before the processes knew each other.
         """
         del control, kwargs
         if self.guard.closed:
@@ -114,10 +114,11 @@ class ConceptGuardCallback(TrainerCallback):
                 "ConceptGuardCallback: its guard was closed at the end of training; build another "
                 "callback and Trainer to train on"
             )
-        if args.world_size > 1:
+        if args.world_size != self.guard.processes:
             raise ConfigError(
-                f"ConceptGuardCallback: {args.world_size} processes would each correct something "
-                "else; train in one"
+                f"ConceptGuardCallback: {args.world_size} processes train, and the guard knows of "
+                f"{self.guard.processes}: each would correct something else; build "
+                "TrainingArguments first, then the callback"
             )
         if not state.global_step or self._resumed:
             return
@@ -153,7 +154,7 @@ class ConceptGuardCallback(TrainerCallback):
         """Put the state of the guard and the corrected weights into a checkpoint."""
         del control, kwargs
         folder = _folder(args, state)
-        if self.guard.closed or not folder.is_dir():
+        if self.guard.closed or not state.is_world_process_zero or not folder.is_dir():
             return
         torch.save(self.guard.state_dict(), folder / STATE)
         try:
