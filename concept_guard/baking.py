@@ -20,10 +20,12 @@ from concept_guard.correction import (
     weight_table,
 )
 from concept_guard.erasure import Erasure, carriers_in, whole
+from concept_guard.errors import BakeError
 from concept_guard.hooks import stripped
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.refit import refit
+from concept_guard.sharding import is_divided
 from concept_guard.taps import Tap
 from concept_guard.tracking import Tracked
 
@@ -71,7 +73,7 @@ def baked_copy(
     """Return a copy of a model, or of an average of it, into which its correction is folded.
 
     What is projected out is estimated from the copy's own rows; which images of the probe carry a
-    concept is known. Where folding cannot be exact, a `BakeError` says why.
+    concept is known.
 
     Args:
         model: With the hooks of a guard or without; it is not changed.
@@ -83,7 +85,15 @@ def baked_copy(
 
     Returns:
         The copy, without hooks of a guard.
+
+    Raises:
+        BakeError: If folding cannot be exact, or the model is divided among processes.
     """
+    if any(is_divided(parameter) for parameter in model.parameters()):
+        raise BakeError(
+            "the model is divided among the processes and cannot be copied; call guard.bake() in "
+            "all of them and gather the weights (get_model_state_dict, full_state_dict=True)"
+        )
     new = stripped(copy.deepcopy(model))
     tap = Tap(new, config.tap, sample)
     try:

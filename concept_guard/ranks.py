@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from concept_guard.errors import ConfigError, ProbeError
+from concept_guard.sharding import whole
 
 T = TypeVar("T")
 TIMES = ("seconds", "overhead")  # differ between processes by nature
@@ -172,7 +173,7 @@ class Ranks:
             return stage()
         before = holder.state_dict()
         try:
-            with self._one_model(model):
+            with whole(model), self._one_model(model):
                 result = stage()
             state = holder.state_dict()
             if len(set(self.gathered(digest(state)))) > 1:
@@ -257,7 +258,7 @@ def digest(state: object) -> str:
 
 def _parts(value: object) -> Iterator[str]:
     if isinstance(value, Tensor):
-        numbers = value.detach().cpu().contiguous().flatten()
+        numbers = value.detach().cpu().clone().flatten()  # of its own: numpy pins memory down
         yield f"{value.dtype} {tuple(value.shape)} "
         yield sha256(numbers.view(torch.uint8).numpy().tobytes()).hexdigest()
     elif isinstance(value, Mapping):

@@ -11,6 +11,7 @@ from concept_guard.corrector import Corrector
 from concept_guard.errors import TapError
 from concept_guard.health import Health
 from concept_guard.sampling import Samples
+from concept_guard.sharding import is_divided
 from concept_guard.taps import Tap
 
 
@@ -69,9 +70,16 @@ def descended(
     if not corrector.tracked:
         return plain
     try:
-        _ = tap.classifier
+        classifier = tap.classifier
     except TapError as error:
         health.warn_once(f"nothing is corrected: {error}.")
+        return plain
+    if classifier is not None and is_divided(classifier.weight):
+        health.warn_once(
+            "nothing is corrected: the classifier is divided among the processes while the loss is "
+            "computed; divide it together with the whole model, fully_shard(model, "
+            "reshard_after_forward=False)."
+        )
         return plain
     weighed = plain
     if corrector.rebalancing or corrector.erasure.adapting:

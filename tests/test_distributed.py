@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 from processes import exit_codes, together
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -17,6 +21,7 @@ from worlds import (
     PROBE,
     QUICK,
     UPDATES,
+    correcting,
     fallen,
     logits,
     net,
@@ -25,7 +30,7 @@ from worlds import (
     world,
 )
 
-from concept_guard import ConceptGuard, ConfigError, ProbeError, TapError
+from concept_guard import BakeError, ConceptGuard, ConfigError, ProbeError, TapError
 from concept_guard import ranks as ranks_module
 from concept_guard.clock import Clock
 from concept_guard.ranks import Ranks, digest
@@ -60,11 +65,26 @@ def doubled(batch: int = 50) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(probe.images.double(), probe.labels), batch)
 
 
-def go_on(run: str, rank: int, size: int, folder: Path, name: str) -> None:
+def divided(model: nn.Module) -> nn.Module:
+    """Return the model with its parameters divided among the processes."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        fully_shard(stage, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def go_on(
+    run: str,
+    rank: int,
+    size: int,
+    folder: Path,
+    name: str,
+    wrapped: Callable[[nn.Module], nn.Module] = DistributedDataParallel,
+) -> None:
     """Train on with a guard on this process's share of every batch; write what comes of it."""
     (action, updates, _), model = RUNS[run], exact(folder)
     guard = ConceptGuard(model, probe=doubled(), config={**QUICK, "action": action})
-    trained = DistributedDataParallel(model) if size > 1 else model
+    trained = wrapped(model) if size > 1 else model
     optimizer = sgd(model, 0.02)
     model.train()
     for images, labels in stream(2 * UPDATES + updates, first=2 * UPDATES):
@@ -77,12 +97,14 @@ def go_on(run: str, rank: int, size: int, folder: Path, name: str) -> None:
     state = guard.state_dict()
     guard.bake()
     guard.close()
-    torch.save({"guard": state, "model": model.state_dict()}, folder / f"{name}.pt")
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    torch.save({"guard": state, "model": full}, folder / f"{name}.pt")
 
 
 def share_of_one(rank: int, folder: Path) -> None:
     for name in RUNS:
         go_on(name, rank, distributed.get_world_size(), folder, f"{name}_{rank}")
+    go_on("default", rank, distributed.get_world_size(), folder, f"divided_{rank}", divided)
     ranks_module.processes = lambda: 1  # the control: guards that know nothing of each other
     go_on("exact", rank, distributed.get_world_size(), folder, f"apart_{rank}")
 
@@ -110,6 +132,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
             alone, shared = (run["guard"]["pairs"][part] for run in (one, first))
             torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
         assert apart(one["model"], first["model"]) < rounding
+    of_parts = [found[f"divided_{rank}"] for rank in (0, 1)]
+    assert digest(of_parts[0]["guard"]) == digest(of_parts[1]["guard"])
+    assert apart(found["default"]["model"], of_parts[0]["model"]) < RUNS["default"][2]
     control = found["apart_0"], found["apart_1"]
     assert digest(control[0]["guard"]) != digest(control[1]["guard"])
     assert apart(found["exact"]["model"], control[0]["model"]) > 1e-6
@@ -328,3 +353,16 @@ def test_a_digest_tells_states_apart_but_not_how_long_they_took() -> None:
     )
     for other in others:
         assert digest(other) != same
+
+
+def test_a_classifier_that_is_divided_while_the_loss_is_computed_corrects_nothing() -> None:
+    model = fallen()
+    guard = correcting(model)
+    images, labels = next(stream(1))
+    losses = cross_entropy(model(images), labels, reduction="none")
+    assert not torch.equal(guard.loss(losses, labels), losses.mean())
+    model.fc.weight.full_tensor = None  # as parameters of fully_shard have one
+    with pytest.warns(UserWarning, match=r"divide it together with the whole model, fully_shard\("):
+        assert torch.equal(guard.loss(losses, labels), losses.mean())
+    with pytest.raises(BakeError, match="cannot be copied; call guard.bake.. in all of them"):
+        guard.baked_copy()

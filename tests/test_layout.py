@@ -15,7 +15,7 @@ PACKAGE = ROOT / "concept_guard"
 
 # A module may import only from the rows above its own; same-row imports are forbidden.
 LAYERS = [
-    {"errors", "clock", "ids", "decisions"},
+    {"errors", "clock", "ids", "decisions", "sharding"},
     {"ranks"},
     {"strict", "reading", "deciding"},
     {"config"},
