@@ -16,11 +16,13 @@ The stages, in the order of the data flow:
     baking       what was corrected becomes the model's own weights, or those of a copy
     decisions    what people approve and veto, from Python and from the command line
     logs         records, cards, TensorBoard
+    doctor       what would keep all this from working, found before the training
 """
 
 from concept_guard.changes import Change
 from concept_guard.config import GuardConfig
 from concept_guard.directions import Concept, DirectionPairs, Schedule, descend_pairs, fit_pairs
+from concept_guard.doctor import DoctorReport, Loop, Problem, doctor
 from concept_guard.errors import (
     BakeError,
     ConceptGuardError,
@@ -44,14 +46,18 @@ __all__ = [
     "ConceptGuardError",
     "ConfigError",
     "DirectionPairs",
+    "DoctorReport",
     "Explanation",
     "Flag",
     "GuardConfig",
+    "Loop",
     "ProbeError",
+    "Problem",
     "RoundReport",
     "Schedule",
     "StateError",
     "TapError",
     "descend_pairs",
+    "doctor",
     "fit_pairs",
 ]

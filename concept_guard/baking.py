@@ -55,7 +55,7 @@ def bake(
     edit, refits = tap.edit, "refit" in config.action
     if not isinstance(edit, Projection):
         return _refitted(tap, probe, config, concepts, reading, None) if refits else ""
-    classifier = check_bakeable(tap.classifier, config.tap, edit)
+    classifier = check_bakeable(tap.classifier, config.tap, gated=edit.gate is not None)
     done = _refitted(tap, probe, config, concepts, reading, edit) if refits else ""
     bake_into(classifier, edit)
     tap.leave_edit_to_copies()

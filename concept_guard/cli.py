@@ -29,14 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; default: those of this process.
 
     Returns:
-        The exit code: 0, 1 where the run failed, 2 where the recipe or the command is wrong,
-        130 after Ctrl-C.
+        The exit code: 0, 1 where the run failed or the doctor found what stops the guard, 2 where
+        the recipe or the command is wrong, 130 after Ctrl-C.
     """
     options = _parsed(arguments)
     try:
         with _progress_on_stderr():
             if options.command == "audit":
                 return _audit(options.source, options.data, options.overrides)
+            if options.command == "doctor":
+                return _doctor(options)
             if options.command in ACTS:
                 return _decide(options.run, options.command, options.ids)
             return _run(options.recipe, options.overrides)
@@ -64,8 +66,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="concept-guard",
-        description="Train timm classifiers with a guard against shortcuts in the data, and debug "
-        "what trained ones get wrong.",
+        description="Train timm classifiers with a guard against shortcuts in the data, debug what "
+        "trained ones get wrong, and find beforehand what would keep the guard from working.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
@@ -96,9 +98,41 @@ def _parser() -> argparse.ArgumentParser:
         help="images: <class>/<image>, or split folders; default: the held-out images of the run",
     )
     audit.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the audit")
+    _add_doctor(
+        commands.add_parser(
+            "doctor",
+            help="find what would keep the guard from working, before training",
+            description="Examine a model, the guard's settings and the switches of the training "
+            "loop: list everything that is wrong, each with its mend, and what the guard will "
+            "cost. Exits with 1 if something stops the guard, or disables it without a word.",
+            epilog="example: concept-guard doctor resnet18 num_classes=10 amp=true, or the words "
+            "of a training: concept-guard doctor train.py DATA -c config.yaml --amp",
+        )
+    )
     for act in ACTS:
         _add_act(commands.add_parser(act, help=MEANING[act], description=_described(act)), act)
     return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--env", action="store_true", help="versions and devices, to report a fault"
+    )
+    parser.add_argument(
+        "--no-cost", action="store_true", help="do not measure what the guard costs"
+    )
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="MODEL_OR_FILE",
+        help="a timm model, a recipe, a YAML of timm's train.py, or train.py itself",
+    )
+    parser.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="key=value",
+        help="settings; behind train.py its own arguments",
+    )
 
 
 def _described(act: str) -> str:
@@ -156,6 +190,31 @@ def _audit(source: str, data: str | None, overrides: Sequence[str]) -> int:
     page = result.folder / "report.html"
     sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, report: {page}\n")
     return OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    source, words, about_here = options.source, options.words, options.env
+    from concept_guard.doctor import environment  # heavy: torch
+
+    if about_here:
+        sys.stdout.write(f"{environment()}\n")
+    if source is None:
+        if about_here:
+            return OK
+        raise ConfigError("doctor: nothing to examine; name a timm model, a recipe or train.py")
+    if not source.endswith(".py"):
+        wrong = [word for word in words if word.startswith("-") or "=" not in word]
+        if wrong:
+            raise ConfigError(
+                f"doctor {source}: unrecognized {' '.join(wrong)}; expected key=value, or put "
+                "train.py before the words of a training"
+            )
+    from concept_guard.checkup import checkup  # heavy: timm
+
+    seconds = {"seconds": 0.0} if options.no_cost else {}
+    report = checkup(source, words, **seconds)
+    sys.stdout.write(f"{report}\n")
+    return FAILED if report.stops else OK
 
 
 @contextmanager

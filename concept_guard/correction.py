@@ -285,13 +285,13 @@ def weight_table(counts: Tensor, most: float, strength: float = 1.0) -> Tensor:
     return raw * counts.sum() / (raw * counts).sum().clamp_min(1e-9)
 
 
-def check_bakeable(classifier: nn.Linear | None, tap: str, edit: Projection) -> nn.Linear:
+def check_bakeable(classifier: nn.Linear | None, tap: str, *, gated: bool) -> nn.Linear:
     """Return the classifier, if a projection in front of it can be folded into it exactly.
 
     Args:
         classifier: The map behind the tap.
         tap: Where the projection acts, for the message.
-        edit: The projection.
+        gated: Whether it acts on some rows only.
 
     Returns:
         The classifier.
@@ -299,7 +299,7 @@ def check_bakeable(classifier: nn.Linear | None, tap: str, edit: Projection) -> 
     Raises:
         BakeError: If no plain linear map with a bias follows the tap, or the projection is gated.
     """
-    if edit.gate is not None:
+    if gated:
         raise BakeError(
             "gate = true: a projection that acts on some rows only is no linear map and cannot be "
             "folded into the classifier. Set gate: false, or keep the guard attached when "

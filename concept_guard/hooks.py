@@ -50,7 +50,7 @@ class Hook:
     def __init__(self, layout: Layout, shared: Shared, *, is_copy: bool = False) -> None:
         self._layout = layout
         self.shared = shared
-        self._is_copy = is_copy
+        self.is_copy = is_copy
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Tensor | None:
         """Note the rows that come by, and edit those of passes in eval mode.
@@ -64,7 +64,7 @@ class Hook:
             The activation with edited rows; None leaves it as it is.
         """
         x: Tensor = output[0] if output else args[0]
-        if not self._is_copy:
+        if not self.is_copy:
             self._note(x, training=module.training)
         edit = self.shared.edit
         if edit is None or module.training:

@@ -43,7 +43,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        stack.enter_context(_random_state_kept())
+        stack.enter_context(random_state_kept())
         stack.callback(_set_modes, modes)
         stack.enter_context(torch.inference_mode(False))  # no fit can use inference tensors
         stack.enter_context(torch.no_grad())
@@ -62,8 +62,15 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
-def _random_state_kept(seed: int | None = None) -> Iterator[None]:
-    """Restore the global random states afterwards; start them from `seed` if one is given."""
+def random_state_kept(seed: int | None = None) -> Iterator[None]:
+    """Restore the global random states afterwards, whether the block returns or raises.
+
+    Args:
+        seed: From which python, numpy and torch start inside; None for the states as they are.
+
+    Yields:
+        Nothing.
+    """
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the user's own global state
     # Asking an idle CUDA for its state would initialise it; nothing can have drawn from it.
@@ -106,7 +113,7 @@ class Batches:
         iterator: Iterator[Any] | None = None
         try:
             for number in count(self._seed):
-                with _random_state_kept(number):
+                with random_state_kept(number):
                     iterator = iter(self._source) if iterator is None else iterator
                     try:
                         batch = next(iterator)

@@ -92,14 +92,20 @@ def locate(survey: Survey, where: str) -> Site:
     if path not in names:
         near = get_close_matches(path, names, n=4) or [name for name, _ in model.named_children()]
         raise TapError(f"tap {where!r}: no module {path!r} in {_type(model)}; nearest: {near}")
-    _refuse_compiled_around(model, path)
+    refuse_compiled_around(model, path)
     shape = _single_output(survey, where, path, names[path])
     layout = layout_of(survey.model, survey.images, where, shape, suffix, names[path], channels)
     width = shape[1] if layout.name == "NCHW" else shape[-1]
     return Site(path, names[path], layout, width, positions(model, survey.images, layout, shape))
 
 
-def _refuse_compiled_around(model: nn.Module, path: str) -> None:
+def refuse_compiled_around(model: nn.Module, path: str) -> None:
+    """Raise a `TapError` if a module, or one that it is part of, is compiled.
+
+    Args:
+        model: The model.
+        path: Name of the module in it.
+    """
     for cut in range(path.count(".") + 1):
         ancestor = path.rsplit(".", cut)[0]
         refuse_compiled(model.get_submodule(ancestor), ancestor)
@@ -197,7 +203,7 @@ def _before_classifier(survey: Survey) -> Site:
     for module, row, output in reversed(survey.heads):
         if _same(output.flatten(1), logits) and len(survey.outputs[module]) == 1:
             path = next(name for name, other in model.named_modules() if other is module)
-            _refuse_compiled_around(model, path)
+            refuse_compiled_around(model, path)
             head = _plain_linear(module, row, logits)
             return Site(path, module, Layout("NC"), row[0].numel(), (1, 1), head)
     getter: Any = getattr(model, "get_classifier", None)

@@ -42,7 +42,7 @@ LAYERS = [
     {"guard", "report"},
     {"diagnosis", "integrations"},
     {"training"},
-    {"audit"},
+    {"audit", "checkup"},
     {"cli"},
     {"__main__"},
 ]
@@ -145,7 +145,9 @@ def test_an_upward_import_is_found(line: str, complaint: str) -> None:
     assert not upward("taps", imported(ast.parse("from concept_guard.probe import x, y")))
 
 
-@pytest.mark.parametrize("folder", ["directions", "diagnosis", "training", "audit"])
+@pytest.mark.parametrize(
+    "folder", ["directions", "diagnosis", "doctor", "training", "audit", "checkup"]
+)
 def test_the_files_of_a_stage_do_not_import_each_other_in_a_circle(folder: str) -> None:
     graph = {
         path.stem: set(imported(parse(path), f"concept_guard.{folder}"))
