@@ -414,6 +414,12 @@ def test_random_rows_are_not_compared() -> None:
     assert "rows in training are random: not compared with those of a plain pass" in report.facts
 
 
+def test_what_is_dropped_at_random_does_not_hide_the_rows() -> None:
+    report = examined(net(drop_rate=0.5, drop_path_rate=0.5))
+    assert not report.problems
+    assert any("are those of a plain pass" in fact for fact in report.facts)
+
+
 def test_a_pass_that_fails_names_the_switches() -> None:
     def backend(*_: object) -> None:
         raise RuntimeError("no compiler here")
@@ -470,7 +476,7 @@ def test_the_switches_of_torch_around_it_do_not_matter() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         report = examined(model)
     assert not report.problems
-    assert any("(off by 0)" in fact for fact in report.facts)
+    assert sum("(off by 0)" in fact for fact in report.facts) == 2
 
 
 # --- the cost -----------------------------------------------------------------------------------
