@@ -222,7 +222,8 @@ def test_soft_targets_do_not_matter_to_who_observes(tmp_path: Path) -> None:
 
 def test_a_script_without_the_guard_is_told(tmp_path: Path) -> None:
     path = written(tmp_path / "train.yaml", {**SCRIPT, "concept-guard": {"every": 3}})
-    found = {problem.where: problem for problem in checkup("train.py", ["-c", str(path)]).problems}
+    report = checkup("train.py", ["--config", str(path)])
+    found = {problem.where: problem for problem in report.problems}
     assert found["--device-modules"].mend == f"--device-modules {AUTO}"
     assert found["concept-guard"].mend == "call the block concept_guard:"
     assert len(found) == 2

@@ -63,12 +63,12 @@ def case_of(source: str, words: Sequence[str]) -> Case:
         The case.
     """
     if source.endswith(".py"):
-        return _of_script(list(words), [])
+        return _of_script(list(words), [], whole=True)
     if source.endswith((".yaml", ".yml")):
         data, _ = read_yaml(source)
         if _is_recipe(data):
             return _of_recipe(source, words)
-        return _of_script(["--config", source], words)
+        return _of_script(["--config", source], words, whole=False)
     return _of_model(source, words)
 
 
@@ -87,7 +87,7 @@ def _of_model(source: str, words: Sequence[str]) -> Case:
     return case
 
 
-def _of_script(words: list[str], changes: Sequence[str]) -> Case:
+def _of_script(words: list[str], changes: Sequence[str], *, whole: bool) -> Case:
     arguments, data = of_script(words, changes)
     case = Case(arguments.model, loop=_loop(arguments))
     block: dict[str, object] = {KEY: {}}
@@ -104,7 +104,6 @@ def _of_script(words: list[str], changes: Sequence[str]) -> Case:
     if not config:
         case.facts.append(f"no {KEY}: block, so that the guard has its default settings")
     action = settled(config)[0].action
-    whole = bool(words) and words[0] != "--config"
     case.problems += against(arguments, data, action, whole=whole)
     _build(case, arguments, fits_the_size=False)
     if case.model is not None:
