@@ -3,15 +3,18 @@
 Nothing here puts a hook on a model, or knows what a row means.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from concept_guard.errors import TapError
 from concept_guard.layouts import Layout
 
 Edit = Callable[[Tensor], Tensor]
+FIRST = "call guard.bake() and guard.close() before"
 
 
 class Shared:
@@ -69,6 +72,13 @@ class Hook:
         edit = self.shared.edit
         if edit is None or module.training:
             return None
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if is_traced or getattr(torch.compiler, "is_exporting", bool)():
+            warnings.warn(
+                "the model is exported with the guard on it: the graph holds the correction of "
+                f"this moment as steps of its own; for an ordinary one {FIRST}",
+                stacklevel=2,
+            )
         return self._layout.written(x, edit(self._layout.rows(x)))
 
     def _note(self, x: Tensor, *, training: bool) -> None:
@@ -82,6 +92,12 @@ class Hook:
         shared.fired = 1 if torch.compiler.is_compiling() else shared.fired + 1
         if shared.listening and training:
             shared.captured = self._layout.rows(x).detach().to(torch.float32, copy=True)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        advice = f": torch.jit.script cannot take a guarded model; {FIRST}"
+        raise AttributeError(
+            f"{type(self).__name__} has no {name}{advice if name == '__name__' else ''}"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         return Hook(self._layout, self.shared, is_copy=True)
@@ -124,6 +140,51 @@ def stripped(model: nn.Module) -> nn.Module:
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook | ImagesHook)]:
                 del hooks[key]
     return model
+
+
+def refuse_copies(model: nn.Module) -> None:
+    """Raise if a model has brought along a hook of a guard from the model that it is a copy of.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        TapError: If there is such a hook.
+    """
+    for path, module in model.named_modules():
+        if any(hook.is_copy for hook in _hooks_of(module)):
+            raise TapError(
+                f"{type(model).__name__} is a copy of a guarded model (of an EMA, by deepcopy, or "
+                f"saved as a whole): {path!r} carries the hook of that guard and follows it. Guard "
+                "the model that is trained: ConceptGuard(model, ...) before ModelEmaV3(model); for "
+                "a corrected average call guard.baked_copy(ema.module). For a second run copy the "
+                "model before it is guarded, or after guard.close()"
+            )
+
+
+def refuse_second(module: nn.Module, path: str, *, before: bool) -> None:
+    """Raise if a module is guarded already.
+
+    Args:
+        module: That is to carry a hook.
+        path: Its name.
+        before: Whether at its input; a guard at its output is another one.
+
+    Raises:
+        TapError: If a guard that is not closed has its hook there.
+    """
+    hooks = module._forward_pre_hooks if before else module._forward_hooks
+    if any(isinstance(hook, Hook) for hook in hooks.values()):
+        raise TapError(
+            f"{path!r} is guarded already: both guards would correct the same rows. Call close() "
+            "on the first guard before the second is built (with ConceptGuard(...) as guard: does "
+            "it by itself), or give the second another tap, such as 'stage:-2'"
+        )
+
+
+def _hooks_of(module: nn.Module) -> list[Hook]:
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, Hook)]
 
 
 def _unpickled(layout: Layout, edit: Edit | None) -> Hook:

@@ -92,14 +92,14 @@ def locate(survey: Survey, where: str) -> Site:
     if path not in names:
         near = get_close_matches(path, names, n=4) or [name for name, _ in model.named_children()]
         raise TapError(f"tap {where!r}: no module {path!r} in {_type(model)}; nearest: {near}")
-    refuse_compiled_around(model, path)
+    refuse_fixed_around(model, path)
     shape = _single_output(survey, where, path, names[path])
     layout = layout_of(survey.model, survey.images, where, shape, suffix, names[path], channels)
     width = shape[1] if layout.name == "NCHW" else shape[-1]
     return Site(path, names[path], layout, width, positions(model, survey.images, layout, shape))
 
 
-def refuse_compiled_around(model: nn.Module, path: str) -> None:
+def refuse_fixed_around(model: nn.Module, path: str) -> None:
     """Raise a `TapError` if a module, or one that it is part of, is compiled.
 
     Args:
@@ -108,19 +108,29 @@ def refuse_compiled_around(model: nn.Module, path: str) -> None:
     """
     for cut in range(path.count(".") + 1):
         ancestor = path.rsplit(".", cut)[0]
-        refuse_compiled(model.get_submodule(ancestor), ancestor)
+        refuse_fixed(model.get_submodule(ancestor), ancestor)
 
 
-def refuse_compiled(module: nn.Module, path: str) -> None:
+def refuse_fixed(module: nn.Module, path: str) -> None:
     """Raise if hooks added to this module from now on would be ignored.
 
     Raises:
-        TapError: If the module is compiled.
+        TapError: If the module is compiled, scripted or traced.
     """
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+    name = path or _type(module)
+    if isinstance(module, torch.jit.ScriptModule):
         raise TapError(
-            f"{path or _type(module)} is compiled already, and hooks added after torch.compile "
-            "never fire; build the guard first, then compile"
+            f"{name} is scripted or traced (torch.jit), and such a graph runs no hooks; build the "
+            "guard on the model that it was made from, and script that after guard.bake() and "
+            "guard.close()"
+        )
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    forward = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    if hasattr(module, "_orig_mod") or in_place or forward:
+        raise TapError(
+            f"{name} is compiled already, and hooks added after torch.compile never fire; build "
+            "the guard first, then compile: guard = ConceptGuard(model, ...); model = "
+            "torch.compile(model)"
         )
 
 
@@ -203,7 +213,7 @@ def _before_classifier(survey: Survey) -> Site:
     for module, row, output in reversed(survey.heads):
         if _same(output.flatten(1), logits) and len(survey.outputs[module]) == 1:
             path = next(name for name, other in model.named_modules() if other is module)
-            refuse_compiled_around(model, path)
+            refuse_fixed_around(model, path)
             head = _plain_linear(module, row, logits)
             return Site(path, module, Layout("NC"), row[0].numel(), (1, 1), head)
     getter: Any = getattr(model, "get_classifier", None)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.errors import TapError
-from concept_guard.hooks import Edit, Hook, ImagesHook, Shared
+from concept_guard.hooks import Edit, Hook, ImagesHook, Shared, refuse_copies, refuse_second
 from concept_guard.layouts import positions
 from concept_guard.probe import counted, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
-from concept_guard.sites import Survey, is_head, locate, refuse_compiled, silence
+from concept_guard.sites import Survey, is_head, locate, refuse_fixed, silence
 
 __all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
 
@@ -45,16 +45,18 @@ class Tap:
         num_classes: Number of logits, M.
 
     Raises:
-        TapError: If the place does not exist, never fires, has no rows, or nothing of it reaches
-            the logits. Nothing is attached.
+        TapError: If the place does not exist, never fires, has no rows, is guarded already, or
+            nothing of it reaches the logits. Nothing is attached.
     """
 
     def __init__(
         self, model: nn.Module, where: str, sample: Tensor, *, keep_images: bool = False
     ) -> None:
         self._model: nn.Module | None = _unwrapped(model)
+        refuse_copies(self._model)
         survey = _surveyed(self._model, where, sample)
         site = locate(survey, where)
+        refuse_second(site.module, site.path, before=where == "pre_logits")
         self.path, self._classifier, self.channels = site.path, site.classifier, site.channels
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
@@ -314,8 +316,8 @@ class Tap:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside distributed wrappers; refuse a compiled one."""
-    refuse_compiled(model, "")
+    """Return the model inside distributed wrappers; refuse one whose graph is fixed."""
+    refuse_fixed(model, "")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return _unwrapped(model.module)
     return model

@@ -125,9 +125,9 @@ def test_a_veto_restores_and_lasts_over_a_checkpoint() -> None:
     guard.veto(concept)
     assert guard.erased == ()
     assert torch.equal(logits(model), plain)
+    guard.close()
     again = flagging(model)
     again.load_state_dict(guard.state_dict())
-    guard.close()
     again.round()
     assert statuses(again)[concept] == "vetoed"
     again.erase(concept)  # the last word counts

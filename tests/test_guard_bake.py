@@ -76,6 +76,7 @@ def test_baking_without_a_correction_changes_no_bit(untouched: Untouched) -> Non
         with untouched(model):
             guard.bake()
         assert guard.baked == ""
+        guard.close()
     rebalanced = correcting(model, action="rebalance")
     with untouched(model):
         rebalanced.bake()
@@ -230,6 +231,27 @@ def test_a_saved_model_keeps_the_correction_without_the_guard() -> None:
     assert not torch.equal(logits(model), corrected)  # control
     for loaded in (torch.load(file, weights_only=False), pickle.loads(pickled)):
         assert torch.equal(logits(loaded), corrected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_a_model_that_is_exported_with_the_guard_on_it_is_told() -> None:
+    model, images = fallen(), mark(world(PROBE).images[:4])
+    message = r"exported with the guard on it.*call guard\.bake\(\) and guard\.close\(\) before"
+    with correcting(model) as guard:
+        model.eval()
+        for way in (torch.export.export, torch.jit.trace):
+            arguments = (images,) if way is torch.jit.trace else ((images,),)
+            with pytest.warns(UserWarning, match=message):
+                way(model, *arguments)
+        with pytest.raises(
+            AttributeError, match=r"jit\.script cannot take a guarded model; call g"
+        ):
+            torch.jit.script(model)
+        guard.bake()
+        guard.close()
+        torch.export.export(model, (images,))  # the way out; a warning would be an error
+        torch.jit.trace(model, images)
 
 
 def test_a_baked_model_is_exported_as_it_predicts() -> None:

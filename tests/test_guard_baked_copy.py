@@ -92,7 +92,8 @@ def test_an_average_of_the_weights_is_baked_from_its_own_rows(untouched: Untouch
 
 def test_without_a_correction_the_copy_is_the_model() -> None:
     model = fallen()
-    for guard in (flagging(model, action="observe"), flagging(model, action=KEPT)):
+    for action in ("observe", KEPT):
+        guard = flagging(model, action=action)
         assert same(guard.baked_copy(), model)
         guard.close()
 

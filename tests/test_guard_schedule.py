@@ -57,6 +57,7 @@ def test_a_postponed_round_is_made_up_for_after_resuming(monkeypatch: pytest.Mon
     config = {**SCHEDULED, "start": 1, "every": 2, "budget": "1%"}
     guard = ConceptGuard(model, probe=probe, config=config)
     assert rounds(guard, model, 3) == [1]  # the one after update 3 is postponed
+    guard.close()
     again = ConceptGuard(model, probe=probe, config={**config, "budget": None})
     again.load_state_dict(guard.state_dict())
     assert rounds(again, model, 1) == [1]  # update 4, for which none is scheduled

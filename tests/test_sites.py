@@ -1,5 +1,6 @@
 """Stage 1: where a model can be read, and how the rows lie there."""
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -118,6 +119,7 @@ def test_a_subclass_of_linear_is_judged_by_what_it_computes() -> None:
     for head, is_linear in ((Cast(12, CLASSES), True), (Cosine(12, CLASSES), False)):
         tap = Tap(nn.Sequential(nn.Flatten(), head), "pre_logits", x)
         assert tap.classifier is (head if is_linear else None)
+        tap.close()
         for parameter in head.parameters():
             nn.init.zeros_(parameter)  # now both give zeros
         assert Tap(nn.Sequential(nn.Flatten(), head), "pre_logits", x).classifier is None
@@ -189,6 +191,46 @@ def test_the_suggested_way_out_of_gradient_checkpointing_works() -> None:
     with pytest.raises(TapError, match="gradient checkpointing .*use 'module:layer4.0'"):
         Tap(model, "stage:-1", images(2, 64))
     assert Tap(model, "module:layer4.0", images(2, 64)).channels == 512
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "where"),
+    [
+        ("resnet10t", {}, 64, "layer3"),
+        ("test_efficientnet", {}, 64, "blocks.2"),
+        ("test_vit", {**VIT, "global_pool": "avg"}, 32, "blocks"),
+        ("swin_tiny_patch4_window7_224", SWIN, 64, "layers.1.blocks"),
+        ("test_convnext", {}, 64, "stages.2.blocks"),
+    ],
+)
+def test_containers_fall_silent_with_gradient_checkpointing(
+    name: str, options: dict[str, object], size: int, where: str
+) -> None:
+    model = build(name, **options)
+    model.set_grad_checkpointing()
+    message = "never fires: gradient checkpointing calls the children"
+    with pytest.raises(TapError, match=message) as told:
+        Tap(model, f"module:{where}", images(2, size))
+    way_out = re.findall(r"use '(module:[^']+)'", str(told.value))[0]
+    assert Tap(model, way_out, images(2, size)).channels > 0
+
+
+@pytest.mark.parametrize("where", ["pre_logits", "stage:-1", "module:layer2", "stage:0"])
+def test_a_tap_reads_by_calling_the_model_itself(where: str) -> None:
+    """Other entrances pass some hooks by, and which ones depends on the entrance."""
+    model = build("resnet10t")
+    tap, calls = Tap(model, where, images(2, 64)), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    tap.read([batch(4, 64), batch(4, 64)], max_rows=10_000, seed=0)
+    assert len(calls) == 2
+
+
+def test_rows_are_as_wide_as_the_classifier_is_not_as_the_last_map() -> None:
+    model = build("mobilenetv3_small_050")
+    tap = Tap(model, "pre_logits", images(2, 64))
+    assert tap.channels == model.head_hidden_size == 1024
+    tap.close()
+    assert Tap(model, "stage:-1", images(2, 64)).channels == model.num_features == 288
 
 
 def test_a_container_whose_children_are_called_never_fires() -> None:
@@ -267,6 +309,7 @@ def test_a_data_parallel_wrapper_is_seen_through() -> None:
         ("test_vit", VIT, 32, "stage:-2", "NLC", (4, 4), 1),
         ("deit_tiny_distilled_patch16_224", SMALL, 32, "stage:0", "NLC", (2, 2), 2),
         ("cait_xxs24_224", SMALL, 32, "stage:-1", "NLC", (2, 2), 0),  # declares 1, has none
+        ("xcit_nano_12_p16_224", {"img_size": 32}, 32, "stage:0", "NLC", (2, 2), 0),  # likewise
         (
             "vit_small_patch14_reg4_dinov2",
             {**SMALL, "img_size": 28},
@@ -374,7 +417,9 @@ def test_a_patch_grid_beats_the_shape_of_the_token_count() -> None:
     # Nine tokens: a 3 x 3 grid by their number, but 5 registers and 2 x 2 patches in truth.
     model = Shaped(9, 6)
     model.num_prefix_tokens, model.patch_embed = 5, nn.Identity()
-    assert Tap(model, "module:middle", images()).num_prefix == 0
+    tap = Tap(model, "module:middle", images())
+    assert tap.num_prefix == 0
+    tap.close()
     model.patch_embed.patch_size = (16, 16)
     assert Tap(model, "module:middle", images()).num_prefix == 5
 

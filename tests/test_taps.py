@@ -101,6 +101,7 @@ def test_rows_that_are_not_finite_are_handed_on() -> None:
     model, tap = vit_tap("pre_logits")
     model.norm.weight.data.fill_(float("nan"))
     assert tap.read([batch()], max_rows=10, seed=0).rows.isnan().all()
+    tap.close()
     assert Tap(model, "pre_logits", images()).path == "head"
 
 
@@ -290,6 +291,32 @@ def test_calls_are_counted_but_not_the_own_ones() -> None:
     assert tap.fired == 2
     tap.reset_fired()
     assert tap.fired == 0
+
+
+@pytest.mark.parametrize("where", ["pre_logits", "stage:-2"])
+def test_hooks_wait_for_no_device(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tap = vit_tap(where)
+    tap.edit, tap.listening = Shift(torch.ones(64)), True
+
+    def never(*_: object) -> None:
+        raise AssertionError("a value was asked for")
+
+    for asks in ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(Tensor, asks, never)
+    for training in (True, False):
+        model.train(training)(images())
+    assert (tap.fired, tap.captured is not None) == (2, True)
+    with pytest.raises(AssertionError, match="a value was asked for"):  # control
+        bool(torch.ones(1))
+
+
+def test_the_model_sees_the_probe_in_the_batches_of_its_loader() -> None:
+    """Another batch size would be tuned for anew, with cudnn.benchmark."""
+    model, tap = vit_tap()
+    sizes = []
+    model.register_forward_hook(lambda _module, args, _output: sizes.append(len(args[0])))
+    tap.read(DataLoader(TensorDataset(*batch(23)), 10, shuffle=True), max_rows=40, seed=0)
+    assert sizes == [10, 10, 3]
 
 
 def test_an_in_place_activation_does_not_overwrite_what_was_read() -> None:

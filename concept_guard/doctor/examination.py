@@ -25,7 +25,7 @@ from concept_guard.doctor.switches import switched
 from concept_guard.errors import TapError
 from concept_guard.hooks import stripped
 from concept_guard.probe import random_state_kept
-from concept_guard.sites import refuse_compiled_around
+from concept_guard.sites import refuse_fixed_around
 from concept_guard.taps import Tap
 
 SECONDS = 10.0
@@ -144,7 +144,7 @@ class _Examination:
     def _at_the_tap(self, network: nn.Module, tap: Tap, images: Tensor, labels: Tensor) -> bool:
         """Return whether a pass in training can be made sense of."""
         try:
-            refuse_compiled_around(network, tap.path)
+            refuse_fixed_around(network, tap.path)
         except TapError as error:
             self.problems.append(Problem.of("model", error))
         self.problems += opening.fitting(labels, tap.num_classes)
