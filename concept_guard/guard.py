@@ -22,9 +22,10 @@ from concept_guard.last_round import LastRound
 from concept_guard.logs import EventLog, RoundReport
 from concept_guard.probe import probe_batches
 from concept_guard.ranks import Ranks
-from concept_guard.reading import check_labels, checked_pair
+from concept_guard.reading import check_labels
 from concept_guard.rebalancing import checked, descended
 from concept_guard.sampling import Samples
+from concept_guard.steadiness import steady_sample
 from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
@@ -106,15 +107,9 @@ class ConceptGuard:
     def _attach(self, model: nn.Module, probe: Iterable[Any]) -> None:
         """Tap the model, if the probe can be worked with."""
         self._probe = probe_batches(probe, self.config.seed, self._ranks)
-        sample = next(iter(self._probe), None)
-        if sample is None:
-            check_labels([], 0)
-        self._sample = checked_pair(sample, 0)[0][:2]
+        self._sample = steady_sample(self._probe)
         self.tap = Tap(
-            model,
-            self.config.tap,
-            self._sample,
-            keep_images="penalize" in self.config.action,
+            model, self.config.tap, self._sample, keep_images="penalize" in self.config.action
         )
         try:
             labels = check_labels(self._probe, self.tap.num_classes, self._ranks)

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ from torch.utils.data import (
 from concept_guard.errors import ProbeError
 from concept_guard.ranks import Ranks
 from concept_guard.reading import checked_pair
+
+Opening = list[tuple[Tensor, Tensor]]  # the first batches
+OPENING = 32  # images that are read twice: fewer may be alike by chance, flipped as often as not
 
 
 @contextmanager
@@ -143,6 +146,35 @@ class Batches:
         for number, (start, batch) in enumerate(counted(self)):
             if number % size == rank:
                 yield start, batch
+
+    def opening(self, *, shift: int = 0) -> Opening:
+        """Return the first batches, as they are if other random numbers are drawn for them.
+
+        Args:
+            shift: Of the seed; 0 gives what every pass gives, if passes are alike.
+
+        Returns:
+            `(b, ...)` images and `(b,)` labels, `OPENING` or more of them if there are as many.
+        """
+        source, seed = self._source, self._seed + shift
+        if isinstance(source, DataLoader) and self._own:
+            source = _reordered(source, list(islice(source.sampler, OPENING)), seed)
+        found: Opening = []
+        for batch in Batches(source, seed):
+            found.append(checked_pair(batch, sum(len(labels) for _, labels in found)))
+            if sum(len(labels) for _, labels in found) >= OPENING:
+                break
+        return found
+
+    def in_order(self) -> "Batches | None":
+        """Return the images in the order of their dataset, if there is a loader inside."""
+        node: Any = self._source
+        while node is not None and not isinstance(node, DataLoader):
+            node = getattr(node, "loader", None)
+        if node is None or node.batch_size is None or not hasattr(node.dataset, "__getitem__"):
+            return None
+        loader = _reordered(node, range(len(node.dataset)), self._seed)  # type: ignore[arg-type]
+        return Batches(loader, self._seed, own=True)
 
     def only(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images of the given ascending positions, in batches.

@@ -3,7 +3,7 @@
 Nothing here knows where batches come from or where a model is read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -25,11 +25,7 @@ def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
     """
     where = f"probe batch that starts at image {start}"
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ProbeError(
-            f"{where}: got a {type(batch).__name__}{size}, expected a pair (images, labels); "
-            "wrap the loader so that it yields just these two"
-        )
+        raise ProbeError(f"{where}: got a {_not_a_pair(batch)}")
     images, labels = batch
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
@@ -39,15 +35,45 @@ def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
             )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ProbeError(
-            f"{where}: labels are {labels.dtype}, expected integer class indices; soft labels "
-            "(Mixup, CutMix, smoothing) cannot be counted, so pass a clean, unmixed loader"
+            f"{where}: labels are {labels.dtype}, expected integer class indices; "
+            + (
+                "have the dataset return int(label)"
+                if _whole(labels)
+                else "soft labels (Mixup, CutMix, smoothing) cannot be counted, so pass a clean, "
+                "unmixed loader; one-hot ones have their classes in labels.argmax(dim=1)"
+            )
         )
     if images.ndim < 2 or labels.shape != images.shape[:1]:
+        one_hot = "; of one-hot labels take labels.argmax(dim=1)" if labels.ndim == 2 else ""
         raise ProbeError(
             f"{where}: labels have shape {tuple(labels.shape)}, images {tuple(images.shape)}; "
-            "expected one class index per image, labels (B,) with images (B, ...)"
+            f"expected one class index per image, labels (B,) with images (B, ...){one_hot}"
         )
     return images, labels
+
+
+def _whole(labels: Tensor) -> bool:
+    """Return whether labels are one whole number per image, of another type than integers."""
+    return labels.ndim == 1 and not labels.is_complex() and not bool((labels.double() % 1).any())
+
+
+def _not_a_pair(batch: object) -> str:
+    """Return what a batch is instead of a pair, with the loader that would yield pairs."""
+    expected = "expected a pair (images, labels)"
+    if isinstance(batch, Mapping):
+        keys = [str(key) for key in batch]
+        pair = next((k for k in keys if "label" in k or "target" in k), "label")
+        image = next((k for k in keys if k != pair), "image")
+        return (
+            f"{type(batch).__name__} with the keys {keys}, {expected}; give the loader collate_fn="
+            f"lambda items: default_collate([(i[{image!r}], i[{pair!r}]) for i in items])"
+        )
+    if isinstance(batch, tuple | list):
+        return (
+            f"{type(batch).__name__} of length {len(batch)}, {expected}; give the loader "
+            "collate_fn=lambda items: default_collate([(i[0], i[1]) for i in items])"
+        )
+    return f"{type(batch).__name__}, {expected}; wrap the loader so that it yields just these two"
 
 
 def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks | None = None) -> Tensor:

@@ -105,6 +105,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert not different
 
 
+@pytest.mark.filterwarnings("ignore:probe. its images depend on random")
 @pytest.mark.parametrize("name", MODELS)
 def test_observing_is_bit_identical_to_the_loop_without_a_guard(name: str) -> None:
     watched, guard = three_epochs(name, action="observe")
@@ -114,6 +115,7 @@ def test_observing_is_bit_identical_to_the_loop_without_a_guard(name: str) -> No
     assert_same(alone(name), watched)
 
 
+@pytest.mark.filterwarnings("ignore:probe. its images depend on random")
 @pytest.mark.parametrize("name", MODELS)
 def test_correcting_is_bit_identical_while_nothing_is_flagged(name: str, tmp_path: Path) -> None:
     watched, guard = three_epochs(name, action=["project", "rebalance"], log_dir=tmp_path)

@@ -21,7 +21,7 @@ LAYERS = [
     {"config"},
     {"layouts"},
     {"probe", "sites", "hooks"},
-    {"taps"},
+    {"taps", "steadiness"},
     {"directions"},
     {"influence", "association", "changes"},
     {"flags"},
@@ -193,6 +193,16 @@ def test_only_the_taps_put_hooks_on_a_model() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
     }
     assert [path for path, makers in found.items() if makers] == ["taps.py"]
+
+
+REBUILDS = re.compile(r"FeatureHookNet|FeatureGetterNet|FeatureListNet|AttentionExtract")
+
+
+def test_nothing_calls_helpers_of_timm_that_rebuild_the_model() -> None:
+    """They replace its head, prune its blocks, or leave it in eval mode."""
+    sources = {path: path.read_text(encoding="utf8") for path in PACKAGE.rglob("*.py")}
+    assert not [path.name for path, source in sources.items() if REBUILDS.search(source)]
+    assert REBUILDS.search("AttentionExtract(model)")  # control
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from torch.utils.data import (
 )
 
 from concept_guard.errors import ProbeError
-from concept_guard.probe import isolated, probe_batches
+from concept_guard.probe import OPENING, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels
+from concept_guard.steadiness import steady_sample
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -165,6 +166,80 @@ def test_a_random_dataset_gives_the_same_images_on_every_pass(
     assert not torch.equal(first[0], other_seed)
 
 
+class Flipped(Dataset[tuple[Tensor, int]]):
+    """Flips images at random, by its own random numbers or by those of torch."""
+
+    def __init__(self, own: bool) -> None:
+        self._own = torch.Generator().manual_seed(0) if own else None
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.arange(12.0).view(3, 2, 2) + index
+        flip = torch.rand(1, generator=self._own) < 0.5
+        return image.flip(-1) if flip else image, index % CLASSES
+
+
+# With own random numbers all workers start from the same ones, and every pass is alike.
+@pytest.mark.parametrize(("own", "workers"), [(False, 0), (False, 1), (True, 0)])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_augmentation_is_found_in_the_first_images(
+    untouched: Untouched, own: bool, wrapped: bool, workers: int
+) -> None:
+    loader = DataLoader(Flipped(own), batch_size=8, num_workers=workers)
+    probe = probe_batches(Wrapped(loader) if wrapped else loader, seed=0)
+    message = r"depend on random numbers.*without augmentation.*create_transform\(size, is_training"
+    with untouched(nn.Linear(1, 1)), pytest.warns(UserWarning, match=message):
+        assert steady_sample(probe).shape == (2, 3, 2, 2)
+
+
+class Shuffled:
+    """An iterable in another order on each pass, by random numbers of its own or of torch."""
+
+    def __init__(self, own: bool) -> None:
+        self._own = torch.Generator().manual_seed(0) if own else None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(40, generator=self._own)
+        values, labels = numbered(40).tensors
+        yield from zip(values[order].split(4), labels[order].split(4), strict=True)
+
+
+def test_another_order_on_every_pass_is_refused_unless_the_seed_fixes_it() -> None:
+    with pytest.raises(ProbeError, match=r"two passes yield other labels.*DataLoader\(dataset"):
+        steady_sample(probe_batches(Shuffled(own=True), seed=0))
+    probe = probe_batches(Shuffled(own=False), seed=0)
+    steady_sample(probe)
+    assert order(probe) == order(probe)  # control: the guard may rely on it
+
+
+class Loaded(Dataset[tuple[Tensor, int]]):
+    """Counts how many images were read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.count += 1
+        return torch.full((3,), torch.nan if index == 1 else float(index)), index % CLASSES
+
+
+def test_a_steady_probe_is_read_a_little_and_hears_nothing() -> None:
+    data = Loaded()
+    loader = DataLoader(data, batch_size=250, shuffle=True)
+    sample = steady_sample(probe_batches(loader, seed=0))
+    assert data.count == 2 * OPENING
+    assert sample[0].tolist() == [0, 0, 0]
+    assert sample.untyped_storage().nbytes() == sample.nbytes  # not a view of a batch
+    assert len(steady_sample(probe_batches([batch(1)], seed=0))) == 1
+    with pytest.raises(ProbeError, match="probe is empty"):
+        steady_sample(probe_batches([], seed=0))
+
+
 def test_a_one_shot_probe_is_refused_with_a_way_out() -> None:
     with pytest.raises(ProbeError, match=r"one-shot iterator \(generator\).*or list\(probe\)"):
         probe_batches((batch() for _ in range(2)), seed=0)
@@ -176,12 +251,33 @@ def test_a_one_shot_probe_is_refused_with_a_way_out() -> None:
     ("item", "message"),
     [
         ((images(), torch.rand(2, CLASSES)), "image 0: labels are torch.float32, .* soft labels"),
-        ((images(), torch.zeros(2, CLASSES, dtype=torch.int64)), r"labels have shape \(2, 5\)"),
+        (
+            (images(), torch.zeros(2, CLASSES, dtype=torch.int64)),
+            r"labels have shape \(2, 5\).*of one-hot labels take labels\.argmax\(dim=1\)",
+        ),
+        (
+            (images(), torch.eye(CLASSES)[:2]),
+            r"labels are torch.float32.*soft labels.*clean, unmixed loader.*labels\.argmax\(dim=1",
+        ),
+        ((images(), torch.tensor([0.0, 3.0])), r"torch.float32, .*dataset return int\(label\)"),
+        ((images(), torch.tensor([0.1, 0.9])), r"torch.float32, .*soft labels \(Mixup"),
+        ((images(), torch.tensor([1j, 2])), r"torch.complex64, .*soft labels"),
         ((images(), torch.zeros(3, dtype=torch.int64)), r"labels have shape \(3,\), images \(2, 3"),
-        ((images(), torch.tensor([True, False])), "labels are torch.bool"),
+        (
+            (images(), torch.tensor([True, False])),
+            r"labels are torch.bool, .*have the dataset return int\(label\)",
+        ),
         ((images(), [0, 1]), "labels are a list, expected a tensor"),
         (({"patches": images()}, torch.zeros(2)), "images are a dict"),
-        ((images(), torch.zeros(2), "name"), r"tuple of length 3, expected a pair"),
+        (
+            (images(), torch.zeros(2), "name"),
+            r"tuple of length 3, expected a pair.*collate_fn=lambda .*\(i\[0\], i\[1\]\) for",
+        ),
+        (
+            {"pixel_values": images(), "labels": torch.zeros(2)},
+            r"dict with the keys \['pixel_values', 'labels'\], expected a pair \(images, labels\); "
+            r".*collate_fn=lambda .*default_collate\(\[\(i\['pixel_values'\], i\['labels'\]\) for",
+        ),
         (images(), "got a Tensor, expected a pair"),
     ],
 )

@@ -1,17 +1,22 @@
 """A script that is built on timm.task trains with the guard by naming another task."""
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import FastCollateMixup, create_loader
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.data import Dataset
 from worlds import (
     CLASSES,
     NET,
@@ -26,7 +31,7 @@ from worlds import (
     world,
 )
 
-from concept_guard import TapError
+from concept_guard import ProbeError, TapError
 from concept_guard.integrations.criteria import per_sample
 from concept_guard.integrations.timm_task import ConceptGuardTask
 
@@ -193,6 +198,49 @@ def test_a_guard_that_cannot_be_attached_leaves_the_model_alone() -> None:
     model = fallen()
     with pytest.raises(TapError):
         task_of(model, tap="module:nowhere")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Pictures(Dataset[tuple[Any, int]]):
+    """Noise, read through the transform that timm's loader sets."""
+
+    transform: Callable[[Image.Image], Any]
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        noise = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(index))
+        return self.transform(Image.fromarray(noise.to(torch.uint8).numpy())), index % CLASSES
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_a_training_loader_as_probe_is_told(is_training: bool, prefetched: bool) -> None:
+    device = torch.device("cpu")
+    how = {"num_workers": 0, "persistent_workers": False, "use_prefetcher": prefetched}
+    loader = create_loader(
+        Pictures(), (3, 16, 16), 20, is_training=is_training, device=device, **how
+    )
+    model = fallen()
+    told = pytest.warns(UserWarning, match="probe: its images depend on random numbers")
+    with told if is_training else nullcontext():
+        task = ConceptGuardTask(model, probe=loader, config=GUARD, verbose=False)
+    if not is_training:  # an index of the probe is one of the data set
+        labels = task.guard.tap.read(loader, max_rows=100, seed=0).labels
+        assert labels.tolist() == [index % CLASSES for index in range(40)]
+    task.guard.close()
+    mixed = create_loader(
+        Pictures(),
+        (3, 16, 16),
+        20,
+        is_training=True,
+        device=device,
+        collate_fn=FastCollateMixup(mixup_alpha=0.8, num_classes=CLASSES),
+        **how,
+    )
+    with pytest.raises(ProbeError, match=r"torch.float32.*soft labels \(Mixup"):
+        ConceptGuardTask(model, probe=mixed, config=GUARD, verbose=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
