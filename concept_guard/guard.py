@@ -199,7 +199,7 @@ class ConceptGuard:
         Returns:
             The record of a round that ran, else None.
         """
-        self._health.check_fired()
+        self._health.check_step()
         self._ranks.check()
         self.steps += 1
         self._corrector.updated()
@@ -340,6 +340,7 @@ class ConceptGuard:
         self._closed = True
         self.tap.close()
         self._corrector.close()
+        self._health.close()
         self._log.close()
         self._ranks.close()
 

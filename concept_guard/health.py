@@ -1,4 +1,4 @@
-"""Whether the guarded model is the one that is trained, and whether its numbers are finite.
+"""Whether the guarded model is the one that is trained, in a right loop, with finite numbers.
 
 Nothing here knows what is done with the numbers.
 """
@@ -12,6 +12,7 @@ from concept_guard.errors import TapError
 from concept_guard.ranks import Ranks
 from concept_guard.reading import Reading
 from concept_guard.taps import Tap
+from concept_guard.wiring import Wiring
 
 
 class Health:
@@ -28,9 +29,10 @@ class Health:
         self._fired = False
         self._loss: Tensor | None = None
         self._warned: set[str] = set()
+        self._wiring = Wiring(tap)
 
-    def check_fired(self) -> None:
-        """Expect that the tap has fired since the last call; warn once where it has stopped.
+    def check_step(self) -> None:
+        """Expect that the tap has fired since the last call; warn once of what else is wrong.
 
         Raises:
             TapError: If it has not fired before the first call.
@@ -51,6 +53,7 @@ class Health:
         self._fired = True
         self._tap.reset_fired()
         self._tap.forget()
+        self.warn_once(self._wiring.updated())
 
     def heard(self, loss: Tensor) -> None:
         """Remember the last training loss.
@@ -59,6 +62,11 @@ class Health:
             loss: A scalar or one per sample.
         """
         self._loss = loss.detach()
+        self.warn_once(self._wiring.heard(loss))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._wiring.close()
 
     def finite(self, reading: Reading, step: int) -> bool:
         """Return whether a reading, and the last loss, can be worked with; else warn.
@@ -85,8 +93,8 @@ class Health:
         """Warn, but not a second time in the same words.
 
         Args:
-            message: What is wrong, and the way out.
+            message: What is wrong, and the way out; nothing is said if it is empty.
         """
-        if message not in self._warned:
+        if message and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)

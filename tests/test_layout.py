@@ -31,7 +31,7 @@ LAYERS = [
     {"penalty", "baking"},
     {"trial"},
     {"rounds"},
-    {"records", "cards", "measures", "localisation"},
+    {"records", "cards", "measures", "localisation", "wiring"},
     {"explanation", "health"},
     {"logs", "state", "tail", "references"},
     {"corrector", "last_round", "leaks"},
