@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import Sampler
 
@@ -30,6 +31,7 @@ from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
 T = TypeVar("T")
+_outside_inference_mode = torch.inference_mode(mode=False)  # whose tensors can learn nothing later
 
 
 class ConceptGuard:
@@ -267,6 +269,7 @@ class ConceptGuard:
     def _act(self, act: str, ids: int | Iterable[int]) -> None:
         self._timed(lambda: self._acts.perform(act, ids, self.steps))
 
+    @_outside_inference_mode
     def explain(
         self, images: Tensor, labels: Tensor | None = None, *, maps: bool = True
     ) -> list[Explanation]:
@@ -293,6 +296,7 @@ class ConceptGuard:
             raise ValueError("explain: no round has found concepts yet; call guard.round() first")
         return self._explainer.explain(images, labels, pairs, ids, maps=maps)
 
+    @_outside_inference_mode
     def bake(self) -> None:
         """Fold the correction into the model's own weights; nothing is corrected afterwards.
 
@@ -310,6 +314,7 @@ class ConceptGuard:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
         self._ranks.all_or_none(self._bake, self, self.tap.model)
 
+    @_outside_inference_mode
     def baked_copy(self, model: nn.Module | None = None) -> nn.Module:
         """Return a copy of the model with the correction folded in, as `bake` would leave it.
 
@@ -350,6 +355,7 @@ class ConceptGuard:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs, as tensors and plain data.
 
@@ -369,6 +375,7 @@ class ConceptGuard:
             "pace": self._pace.state_dict(),
         }
 
+    @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Continue from a saved state; the model's own weights are loaded separately.
 
@@ -456,5 +463,5 @@ class ConceptGuard:
             return None
 
     def _timed(self, stage: Callable[[], T]) -> T:
-        with self._clock.spending():
+        with self._clock.spending(), torch.inference_mode(mode=False):
             return self._ranks.all_or_none(stage, self, self.tap.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from worlds import (
@@ -20,6 +21,7 @@ from worlds import (
     fallen,
     flagging,
     held_out,
+    logits,
     net,
     stream,
     train,
@@ -27,6 +29,7 @@ from worlds import (
 )
 
 from concept_guard import ConceptGuard
+from concept_guard.correction import Projection
 
 IMAGES, LABELS = world(PROBE, 40).images, world(PROBE, 40).labels
 Finetuned = tuple[nn.Module, ConceptGuard, Path]
@@ -271,6 +274,26 @@ def test_projecting_teaches_the_classifier_alone_to_do_without(is_scalar: bool) 
     cross_entropy(fc(edit(rows)[:, 0]), labels).backward()
     expected = own["fc.weight"] + fc.weight.grad
     torch.testing.assert_close(with_guard["fc.weight"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_the_momentum_of_an_optimizer_brings_nothing_back(opt: str) -> None:
+    """A weight that is projected once drifts back; rows are projected at every pass."""
+    model = fallen()
+    optimizer = create_optimizer_v2(model, opt=opt, lr=1e-3, momentum=0.9)
+    train(model, stream(UPDATES + 3, first=UPDATES), optimizer=optimizer)  # moments of before
+    guard = correcting(model, start=1000, track_every=1000)
+    edit = guard.tap.edit
+    seen: dict[bool, Tensor] = {}  # by the mode of the pass
+    model.fc.register_forward_hook(lambda m, args, _: seen.update({m.training: args[0].detach()}))
+    for _ in range(3):
+        train(model, stream(UPDATES + 4, first=UPDATES + 3), guard, optimizer)
+        logits(model)
+        assert isinstance(edit, Projection)
+        bound = 1e-5 * seen[False].norm(dim=1).max() * edit.filters.norm(dim=1)  # of rounding
+        left = {mode: (rows @ edit.filters.T - edit.reference).abs() for mode, rows in seen.items()}
+        assert (left[False] <= bound).all()
+        assert (left[True] > 1000 * bound).any()  # control: the network still shows it
 
 
 def test_projecting_says_once_that_it_needs_targets() -> None:

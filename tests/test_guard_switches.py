@@ -13,7 +13,19 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
-from worlds import CLASSES, PROBE, QUICK, UPDATES, fallen, held_out, logits, sgd, stream, world
+from worlds import (
+    CLASSES,
+    PROBE,
+    QUICK,
+    UPDATES,
+    correcting,
+    fallen,
+    held_out,
+    logits,
+    sgd,
+    stream,
+    world,
+)
 
 from concept_guard import ConceptGuard, TapError
 
@@ -203,6 +215,30 @@ def compiled_run(backend: Any, config: dict[str, object] | None) -> nn.Module:
     assert guard is None or guard.erased
     assert not torch._dynamo.utils.counters["graph_break"]
     return model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_do_not_overwrite_what_is_captured() -> None:
+    kept: list[list[Tensor]] = []
+    for mode in (None, "reduce-overhead"):
+        torch._dynamo.reset()
+        model = fallen().cuda()
+        guard = correcting(model, start=1000)
+        called = model if mode is None else torch.compile(model, mode=mode)
+        optimizer, losses = sgd(model), []
+        for images, labels in stream(UPDATES + 8, first=UPDATES):
+            x, y = images.cuda(), labels.cuda()
+            loss = guard.loss(cross_entropy(called(x), y, reduction="none"), y)
+            rows = guard.tap.captured
+            assert rows is not None
+            losses.append(rows.sum().detach().clone())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            guard.step()
+        kept.append(losses)
+    torch.testing.assert_close(kept[1], kept[0], rtol=1e-3, atol=1e-3)
 
 
 def test_compiling_costs_one_graph_more_and_gives_the_same() -> None:

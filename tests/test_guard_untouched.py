@@ -178,6 +178,29 @@ def test_names_never_change() -> None:
     assert kept == tensors  # the optimizer still holds the model's own parameters
 
 
+def test_what_is_called_in_inference_mode_can_be_trained_with_later() -> None:
+    """Timm validates in this mode, whose tensors no gradient may meet."""
+    model = fallen()
+    guard = ConceptGuard(model, probe=world(PROBE).loader(), config={**QUICK, "start": 100})
+    with torch.inference_mode():
+        assert guard.round() is not None
+        (concept,) = guard.erased
+        guard.restore(concept)
+        guard.erase(concept)
+        state = guard.state_dict()
+    train(model, stream(UPDATES + 4, first=UPDATES), guard)  # tracks after update 3
+    with torch.inference_mode():
+        guard.load_state_dict(state)
+        assert guard.explain(world(PROBE).images[:2])
+        copied = guard.baked_copy()
+    train(model, stream(UPDATES + 8, first=UPDATES + 4), guard)
+    with torch.inference_mode():
+        guard.bake()
+    for trained in (copied, model):
+        assert not any(p.is_inference() for p in trained.parameters())
+        train(trained, stream(UPDATES + 9, first=UPDATES + 8))
+
+
 @pytest.mark.parametrize("where", ["pre_logits", "stage:-1"])
 def test_closing_leaves_nothing_on_the_model(untouched: Untouched, where: str) -> None:
     model = fallen()
