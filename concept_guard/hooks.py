@@ -174,7 +174,7 @@ def refuse_second(module: nn.Module, path: str, *, before: bool) -> None:
         TapError: If a guard that is not closed has its hook there.
     """
     hooks = module._forward_pre_hooks if before else module._forward_hooks
-    if any(isinstance(hook, Hook) for hook in hooks.values()):
+    if any(isinstance(hook, Hook) and not hook.is_copy for hook in hooks.values()):
         raise TapError(
             f"{path!r} is guarded already: both guards would correct the same rows. Call close() "
             "on the first guard before the second is built (with ConceptGuard(...) as guard: does "

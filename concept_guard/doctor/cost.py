@@ -155,7 +155,7 @@ class Bench:
             losses = cross_entropy(logits, self.labels, reduction="none")
         loss = losses.mean()
         if corrector is not None:
-            health = Health(self.tap, self.settings.tap)
+            health = Health(self.tap, self.settings.tap, corrector.ranks)
             health.heard(losses)
             loss = descended(
                 losses,
@@ -168,7 +168,7 @@ class Bench:
             )
         loss.backward()
         if corrector is not None:
-            health.check_fired()
+            health.check_step()
             corrector.updated()
 
     def _seconds(self, work: Callable[[], object]) -> float:

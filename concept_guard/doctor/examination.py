@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from concept_guard.doctor.report import Cost, DoctorReport, Problem
 from concept_guard.doctor.settings import Loop, settled, timing
 from concept_guard.doctor.switches import switched
 from concept_guard.errors import TapError
-from concept_guard.hooks import stripped
+from concept_guard.hooks import refuse_second, stripped
 from concept_guard.probe import random_state_kept
 from concept_guard.sites import refuse_fixed_around
 from concept_guard.taps import Tap
@@ -97,7 +98,7 @@ class _Examination:
         if (problem := opening.scripted(network)) is not None:
             self.problems.append(problem)
             return
-        self.problems += opening.guarded(network, self.facts)
+        self.problems += opening.guarded(network)
         self.problems += opening.weights(network)
         patient = opening.copied(network, self.problems)
         if given is None or patient is None or any(p.is_meta for p in patient.parameters()):
@@ -143,10 +144,15 @@ class _Examination:
 
     def _at_the_tap(self, network: nn.Module, tap: Tap, images: Tensor, labels: Tensor) -> bool:
         """Return whether a pass in training can be made sense of."""
-        try:
-            refuse_fixed_around(network, tap.path)
-        except TapError as error:
-            self.problems.append(Problem.of("model", error))
+        module, before = network.get_submodule(tap.path), self.settings.tap == "pre_logits"
+        for refuse in (
+            partial(refuse_fixed_around, network, tap.path),
+            partial(refuse_second, module, tap.path, before=before),
+        ):
+            try:
+                refuse()
+            except TapError as error:
+                self.problems.append(Problem.of("model", error))
         self.problems += opening.fitting(labels, tap.num_classes)
         unusable = list(place.rows(tap, self.settings, images, self.facts))
         self.problems += unusable

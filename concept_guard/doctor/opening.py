@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.doctor.report import Problem
-from concept_guard.errors import ProbeError
-from concept_guard.hooks import Hook, ImagesHook, stripped
+from concept_guard.errors import ProbeError, TapError
+from concept_guard.hooks import refuse_copies, stripped
 from concept_guard.reading import check_counts, checked_pair
 
 _NAMED = 3  # offenders spelled out
@@ -66,42 +66,19 @@ def scripted(model: nn.Module) -> Problem | None:
     )
 
 
-def guarded(model: nn.Module, facts: list[str]) -> Iterator[Problem]:
-    """Yield what there is of other guards on a model.
+def guarded(model: nn.Module) -> Iterator[Problem]:
+    """Yield whether a model brings along hooks of a guard from the model that it is a copy of.
 
     Args:
         model: Not changed.
-        facts: Guards that do no harm are added.
 
     Yields:
-        Problems.
+        A problem.
     """
-    for path, module in model.named_modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        place = f"model.{path}" if path else "model"
-        of_guards = [hook for hook in hooks if isinstance(hook, Hook)]
-        if any(hook.is_copy for hook in of_guards):
-            yield Problem(
-                place,
-                "it is a copy of a guarded model, whose hook follows the corrections of that guard",
-                "a model without hooks of a guard",
-                "take guard.baked_copy() in place of copy.deepcopy(model), or close that guard "
-                "before copying",
-                stops=False,
-            )
-        alive = sum(not hook.is_copy for hook in of_guards)
-        if alive:
-            facts.append(f"{alive} guard{'s' * (alive > 1)} already on {path}")
-        if alive > 1:
-            yield Problem(
-                place,
-                f"{alive} guards are on it, and each corrects what the others have corrected",
-                "one guard per place",
-                "close() all but one before building the next",
-                stops=False,
-            )
-        if any(isinstance(hook, ImagesHook) and hook.shared is None for hook in hooks):
-            facts.append("a copy of a guarded model: hooks that remember nothing")
+    try:
+        refuse_copies(model)
+    except TapError as error:
+        yield Problem.of("model", error)
 
 
 def weights(model: nn.Module) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from textwrap import fill
 
 WIDTH = 96
 _MIB = 2**20
-_VERBS = "build|call|close|collate|give|lower|pass|put|set|take|tap|use|wrap|write"
+_VERBS = "build|call|close|collate|give|guard|lower|pass|put|set|take|tap|use|wrap|write"
 _WAY_OUT = re.compile(rf"[;.,] (?:so )?(?=(?:{_VERBS})\b)", re.IGNORECASE)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from concept_guard.config import GuardConfig
 from concept_guard.errors import BakeError, ConfigError
 from concept_guard.guard import ConceptGuard
+from concept_guard.integrations.held_out import warn_if_trained_on
 
 UNCORRECTED = "concept_guard_uncorrected"
 
@@ -52,6 +53,7 @@ class ConceptGuardCallback(Callback):
         self._log_dir, self._class_names = log_dir, class_names
         self.guard: ConceptGuard | None = None
         self._updates = 0
+        self._read: Iterable[Any] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach the guard, before the network is resumed, wrapped or trained."""
@@ -59,10 +61,10 @@ class ConceptGuardCallback(Callback):
             return
         self._release(pl_module)
         self._refuse(trainer, pl_module)
-        probe = self._probe(trainer) if callable(self._probe) else self._probe
+        self._read = self._probe(trainer) if callable(self._probe) else self._probe
         self.guard = ConceptGuard(
             self._model(pl_module),
-            probe=probe,
+            probe=self._read,
             config=self._config,
             log_dir=self._log_dir,
             class_names=self._class_names,
@@ -121,6 +123,7 @@ class ConceptGuardCallback(Callback):
         """Count updates from where the trainer stands, after resuming too."""
         del pl_module
         self._updates = trainer.global_step
+        warn_if_trained_on(self._read, trainer.train_dataloader)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Count an update, if this batch ended one, and run what is due."""

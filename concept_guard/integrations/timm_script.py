@@ -20,6 +20,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from concept_guard.errors import ConfigError
+from concept_guard.integrations.held_out import warn_if_trained_on
 from concept_guard.integrations.timm_task import ConceptGuardTask
 from concept_guard.probe import is_share
 
@@ -134,12 +135,14 @@ def guard_script(script: ModuleType, arguments: list[str]) -> None:
     config = settings(arguments)
     log_dir = config.pop("log_dir", None)
     loaders: list[Any] = []
+    trained: list[Any] = []
     make_loader: Callable[..., Any] = script.create_loader
 
     @wraps(make_loader)
     def create_loader(*args: Any, **kwargs: Any) -> Any:
         loader = make_loader(*args, **kwargs)
         if kwargs.get("is_training", False):
+            trained.append(loader)
             config.setdefault("steps_per_epoch", updates_in(loader, arguments))
         else:
             loaders.append(loader)
@@ -151,6 +154,8 @@ def guard_script(script: ModuleType, arguments: list[str]) -> None:
                 "the guard reads held-out images, and the script built no validation loader; "
                 "give it a validation split (--val-split)"
             )
+        for loader in trained:
+            warn_if_trained_on(loaders[-1], loader)
         folder = log_dir or _folder(type(model).__name__)
         new = ConceptGuardTask(
             model, *args, probe=whole(loaders[-1]), config=config, log_dir=folder, **kwargs

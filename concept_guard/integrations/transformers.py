@@ -15,6 +15,7 @@ from concept_guard.config import GuardConfig
 from concept_guard.errors import BakeError, ConfigError
 from concept_guard.guard import ConceptGuard
 from concept_guard.integrations.criteria import Criterion, per_sample
+from concept_guard.integrations.held_out import warn_if_trained_on
 
 STATE, CORRECTED = "concept_guard.pt", "concept_guard.safetensors"
 
@@ -67,6 +68,7 @@ class ConceptGuardCallback(TrainerCallback):
                 "one such as cross_entropy; weigh classes in the sampler instead"
             )
         self._losses, self._heard, self._resumed = losses, False, False
+        self._probe = probe
 
     def resume_from(self, checkpoint: str | Path) -> None:
         """Take the state of the guard from a checkpoint, wherever it is.
@@ -108,7 +110,8 @@ class ConceptGuardCallback(TrainerCallback):
         Raises:
             ConfigError: If the guard is closed, or was built before the processes knew each other.
         """
-        del control, kwargs
+        del control
+        warn_if_trained_on(self._probe, kwargs.get("train_dataloader"))
         if self.guard.closed:
             raise ConfigError(
                 "ConceptGuardCallback: its guard was closed at the end of training; build another "
