@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from concept_guard.directions.scatter import FOLDS, folds
 from concept_guard.directions.threads import few_threads
-from concept_guard.directions.within_class import shrinkage_of
+from concept_guard.directions.within_class import root_of, shrinkage_of
 
 STIFFNESS = tuple(10.0**k for k in range(5, -3, -1))  # of the prior, stiff ones first
 MOST_AXES = 256  # principal ones of the rows, in which the classifier may change
@@ -166,7 +166,7 @@ def _in_classes(rows: Tensor, labels: Tensor) -> Tensor:
     shrunk = shrinkage_of(centred, covariance)
     covariance = (1 - shrunk) * covariance
     covariance.diagonal().add_(max(shrunk, 1e-6) * level)
-    root = torch.linalg.cholesky(covariance)
+    root = root_of(covariance)
     steps: Tensor = torch.linalg.inv(root).T.to(rows.dtype)
     return steps
 

@@ -3,15 +3,15 @@
 Nothing here knows about hooks, probes or edits: it judges what one pass over a sample showed.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from concept_guard.errors import TapError
+from concept_guard.heads import linear_map, same
 from concept_guard.layouts import SUFFIXES, Layout, layout_of, positions
 
 
@@ -38,6 +38,7 @@ class Survey:
         outputs: For every module that ran, the shape of each tensor it returned, or the name of
             the type if that was no tensor.
         heads: Linear maps that ran on one row per image: module, its input, its output.
+        works: Whether another tap would be accepted; asked only for a way out of a refusal.
     """
 
     model: nn.Module
@@ -45,16 +46,7 @@ class Survey:
     logits: Tensor
     outputs: dict[nn.Module, list[tuple[int, ...] | str]] = field(default_factory=dict)
     heads: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
-
-
-def is_head(module: nn.Module, x: object) -> bool:
-    """Return whether the module maps `x` linearly, and `x` is one row per image."""
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        return False
-    if isinstance(module, nn.Linear):
-        return x[0].numel() == module.in_features
-    is_pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-    return is_pointwise and x.shape[1:].numel() == module.in_channels
+    works: Callable[[str], bool] = lambda _: False
 
 
 def locate(survey: Survey, where: str) -> Site:
@@ -136,19 +128,15 @@ def refuse_fixed(module: nn.Module, path: str) -> None:
 
 # The module path and the number of channels of timm's stage number `text`.
 def _stage(survey: Survey, where: str, text: str) -> tuple[str, int | None]:
-    info = getattr(survey.model, "feature_info", None) or []
-    stages = [dict(entry) for entry in getattr(info, "info", info)]
+    stages = _stages(survey.model)
     number = int(text) if text.removeprefix("-").isdecimal() else len(stages)
     stage = stages[number] if -len(stages) <= number < len(stages) else {}
     if stage.get("module") in dict(survey.model.named_modules()):
         return stage["module"], stage.get("num_chs")
     got = f"calls it {stage['module']!r}, which is no module" if stage else f"has {len(stages)}"
-    single = _single_outputs(survey)
-    usable = [f"stage:{k}" for k, entry in enumerate(stages) if entry.get("module") in single]
-    usable += [f"module:{name}" for name in single if "." not in name]
     raise TapError(
-        f"tap {where!r}: no stage {text!r}; feature_info of {_type(survey.model)} {got}; "
-        f"usable: {usable}"
+        f"tap {where!r}: no stage {text!r}; feature_info of {_type(survey.model)} {got}; use "
+        f"{way_out(survey)}"
     )
 
 
@@ -166,7 +154,7 @@ def _single_output(survey: Survey, where: str, path: str, module: nn.Module) -> 
         fault = f"returns shape {shape} for {count} images, expected 2 to 4 axes, images first"
     else:
         return shape
-    raise TapError(f"tap {where!r}: {path!r} {fault}; use {_way_out(survey, path)}")
+    raise TapError(f"tap {where!r}: {path!r} {fault}; use {way_out(survey, path)}")
 
 
 def silence(survey: Survey, where: str, path: str) -> TapError:
@@ -183,27 +171,50 @@ def silence(survey: Survey, where: str, path: str) -> TapError:
         reason = "gradient checkpointing calls the children of a container, not the container"
     else:
         reason = "the model calls its children, not the container"
-    way_out = _way_out(survey, path)
-    return TapError(f"tap {where!r}: {path!r} never fires: {reason}; use {way_out}{advice}")
+    return TapError(
+        f"tap {where!r}: {path!r} never fires: {reason}; use {way_out(survey, path)}{advice}"
+    )
 
 
-def _way_out(survey: Survey, path: str) -> str:
-    """Return a tap near `path` that works: the last child that does, else an ancestor."""
+def way_out(survey: Survey, path: str = "") -> str:
+    """Return a tap that works: near a module, if one is given, else the last stage that does."""
+    found = next(filter(survey.works, _candidates(survey, path)), None)
+    return "'module:PATH' with a module of your choice" if found is None else repr(found)
+
+
+def _candidates(survey: Survey, path: str) -> Iterator[str]:
+    """Yield taps: what is in a module or around it, stages and what is in them, maps, the head."""
     usable = _single_outputs(survey)
-    below = [name for name in usable if name.startswith(f"{path}.")]
-    above = [name for name in usable if path.startswith(f"{name}.")]
+    yield from _inside(usable, path)
+    yield from (f"module:{name}" for name in reversed(usable) if path.startswith(f"{name}."))
+    for back, stage in enumerate(reversed(_stages(survey.model)), 1):
+        yield f"stage:{-back}"
+        yield from _inside(usable, stage.get("module", ""))
+    maps = [name for name in _single_outputs(survey, axes=3) if "." not in name]
+    yield from (f"module:{name}" for name in reversed(maps))
+    yield "pre_logits"
+
+
+def _inside(usable: list[str], path: str) -> Iterator[str]:
+    below = [name for name in usable if path and name.startswith(f"{path}.")]
     top = min((name.count(".") for name in below), default=0)
-    nearest = [name for name in below if name.count(".") == top] or above
-    return f"'module:{nearest[-1]}'" if nearest else "'pre_logits'"
+    yield from (f"module:{name}" for name in reversed(below) if name.count(".") == top)
 
 
-def _single_outputs(survey: Survey) -> list[str]:
-    """Return the names of the modules that returned one tensor, one row or map per image."""
+def _stages(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what timm says about the stages of a model, if anything."""
+    info = getattr(model, "feature_info", None) or []
+    return [dict(entry) for entry in getattr(info, "info", info)]
+
+
+def _single_outputs(survey: Survey, axes: int = 1) -> list[str]:
+    """Return the names of the modules that returned one tensor of so many axes, images first."""
     return [
         name
         for name, module in survey.model.named_modules()
         if name and len(outputs := survey.outputs.get(module, [])) == 1
         if not isinstance(outputs[0], str) and outputs[0][:1] == (len(survey.images),)
+        if len(outputs[0]) >= axes
     ]
 
 
@@ -211,37 +222,21 @@ def _single_outputs(survey: Survey) -> list[str]:
 def _before_classifier(survey: Survey) -> Site:
     model, logits = survey.model, survey.logits
     for module, row, output in reversed(survey.heads):
-        if _same(output.flatten(1), logits) and len(survey.outputs[module]) == 1:
+        if same(output.flatten(1), logits) and len(survey.outputs[module]) == 1:
             path = next(name for name, other in model.named_modules() if other is module)
             refuse_fixed_around(model, path)
-            head = _plain_linear(module, row, logits)
+            head = linear_map(module, row, logits)
             return Site(path, module, Layout("NC"), row[0].numel(), (1, 1), head)
     getter: Any = getattr(model, "get_classifier", None)
     found: Any = getter() if getter is not None else ()
     parts = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
     heads = " and ".join(map(_type, parts)) or "unknown"
+    one = "a variant of the model with one head, if there is any, or " if len(parts) > 1 else ""
     raise TapError(
         f"tap 'pre_logits': no Linear or 1x1 Conv2d of {_type(model)} computes the logits alone; "
-        f"its classifier is {heads}. Use 'stage:-2' or 'module:PATH'; a correction there cannot be "
+        f"its classifier is {heads}. Use {one}{way_out(survey)}; a correction there cannot be "
         "baked exactly"
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.to(b.dtype), b, 0, 0, equal_nan=True)
-
-
-def _plain_linear(module: nn.Module, row: Tensor, logits: Tensor) -> nn.Linear | None:
-    """Return the module if it is nothing but `row @ weight.T + bias` of its own parameters."""
-    if not isinstance(module, nn.Linear):
-        return None
-    if "weight" not in dict(module.named_parameters(recurse=False)):
-        return None  # weight norm and other parametrisations: writing to it would be lost
-    if type(module).forward is not nn.Linear.forward and not module.weight.any():
-        return None  # a subclass whose formula cannot be told from zeros
-    with torch.no_grad(), torch.autocast(row.device.type, enabled=False):
-        alike = _same(linear(row.flatten(1), module.weight, module.bias), logits)
-    return module if alike else None
 
 
 def _type(value: object) -> str:

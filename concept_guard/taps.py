@@ -5,6 +5,7 @@ Nothing here knows what a row means: no concepts, no schedule. The only file tha
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.errors import TapError
+from concept_guard.heads import is_head
 from concept_guard.hooks import Edit, Hook, ImagesHook, Shared, refuse_copies, refuse_second
 from concept_guard.layouts import positions
 from concept_guard.probe import counted, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
-from concept_guard.sites import Survey, is_head, locate, refuse_fixed, silence
+from concept_guard.sites import Site, Survey, locate, refuse_fixed, silence, way_out
 
 __all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
 
@@ -55,9 +57,10 @@ class Tap:
         self._model: nn.Module | None = _unwrapped(model)
         refuse_copies(self._model)
         survey = _surveyed(self._model, where, sample)
-        site = locate(survey, where)
+        site = _settled(survey, where)
         refuse_second(site.module, site.path, before=where == "pre_logits")
-        self.path, self._classifier, self.channels = site.path, site.classifier, site.channels
+        self.path, self.channels, self._classifier = site.path, site.channels, site.classifier
+        self._module: nn.Module | None = site.module
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
         self._where, self._layout, self._shared = where, site.layout, Shared()
@@ -70,27 +73,7 @@ class Tap:
                 stack.callback(site.module.register_forward_pre_hook(self._hook).remove)
             else:
                 stack.callback(site.module.register_forward_hook(self._hook).remove)
-                self._refuse_without_effect(sample)
             self._attached = stack.pop_all()
-
-    def _refuse_without_effect(self, sample: Tensor) -> None:
-        """Refuse a place whose rows the logits do not depend on, such as tokens left unread.
-
-        Raises:
-            TapError: If changing the images changes the logits, and changing the rows does not.
-        """
-        push = torch.randn(self.channels, generator=torch.Generator().manual_seed(0))
-
-        def pushed(rows: Tensor) -> Tensor:
-            return rows + push.to(rows) * (1.0 + rows.abs().amax())
-
-        plain, mirrored = self.logits(sample, None), self.logits(sample.flip(-1), None)
-        if torch.equal(plain, self.logits(sample, pushed)) and not torch.equal(plain, mirrored):
-            raise TapError(
-                f"tap {self._where!r} ({self.path}): changing its rows changes no logit, expected "
-                "a place that the logits depend on (a classifier that reads the class token alone "
-                "leaves the last block's other tokens unread); tap an earlier one or 'pre_logits'"
-            )
 
     @property
     def model(self) -> nn.Module:
@@ -111,7 +94,8 @@ class Tap:
             TapError: If the model has another one by now.
         """
         head = self._classifier
-        if head is None or self._model is None or head in self._model.modules():
+        model = self._model
+        if head is None or model is None or any(m is self._module for m in model.modules()):
             return head
         raise TapError(
             f"the classifier behind tap {self._where!r} is no longer part of the model, expected "
@@ -292,7 +276,7 @@ class Tap:
     def close(self) -> None:
         """Take the hook off the model and let go of both; calling it again does nothing."""
         self._attached.close()
-        self._model = self._classifier = None
+        self._model = self._classifier = self._module = None
         self.listening = False
         self.forget()
 
@@ -332,6 +316,42 @@ def _placed(model: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
+def _settled(survey: Survey, where: str) -> Site:
+    """Return the place that a tap names; refuse one whose rows the logits do not depend on.
+
+    Such as tokens that are left unread.
+
+    Raises:
+        TapError: If there is no such place, or changing the images changes the logits and
+            changing the rows does not.
+    """
+    site = locate(survey, where)
+    if where != "pre_logits" and not _has_effect(survey, site):
+        raise TapError(
+            f"tap {where!r} ({site.path}): changing its rows changes no logit, expected a place "
+            "that the logits depend on (a classifier that reads the class token alone leaves the "
+            f"last block's other tokens unread); use {way_out(survey)}"
+        )
+    return site
+
+
+def _has_effect(survey: Survey, site: Site) -> bool:
+    push = torch.randn(site.channels, generator=torch.Generator().manual_seed(0))
+
+    def pushed(rows: Tensor) -> Tensor:
+        return rows + push.to(rows) * (1.0 + rows.abs().amax())
+
+    model, images, plain = survey.model, _placed(survey.model, survey.images), survey.logits
+    with isolated(model):
+        hook = site.module.register_forward_hook(Hook(site.layout, Shared(pushed), is_copy=True))
+        try:
+            if not torch.equal(plain, model(images)):
+                return True
+        finally:
+            hook.remove()
+        return torch.equal(plain, model(images.flip(-1)))  # no logit depends on anything yet
+
+
 # One isolated pass of the images: what every module returned, and which ones may be the head.
 def _surveyed(model: nn.Module, where: str, images: Tensor) -> Survey:
     if images.ndim < 2 or not len(images):
@@ -349,4 +369,12 @@ def _surveyed(model: nn.Module, where: str, images: Tensor) -> Survey:
         for module in model.modules():
             stack.callback(module.register_forward_hook(note).remove)
         logits = model(_placed(model, images))
-    return Survey(model, images, logits, outputs, heads)
+    survey = Survey(model, images, logits, outputs, heads)
+
+    def works(other: str) -> bool:
+        try:
+            return bool(_settled(survey, other))
+        except TapError:
+            return False
+
+    return replace(survey, works=works)

@@ -19,7 +19,7 @@ LAYERS = [
     {"ranks"},
     {"strict", "reading", "deciding"},
     {"config"},
-    {"layouts"},
+    {"layouts", "heads"},
     {"probe", "sites", "hooks"},
     {"taps", "steadiness"},
     {"directions"},

@@ -61,13 +61,45 @@ def test_the_classifier_maps_a_row_to_the_logits(
         torch.testing.assert_close(model(batch(4, size)[0]), reading.logits, rtol=0, atol=0)
 
 
-def test_a_convolutional_head_is_tapped_but_is_no_linear_classifier() -> None:
+def test_a_pointwise_convolution_is_read_and_written_as_the_linear_map_that_it_is() -> None:
     model = build("dla46_c")
     tap = Tap(model, "pre_logits", images(2, 64))
     reading = tap.read([batch(3, 64)], max_rows=100, seed=0)
-    assert (tap.path, tap.classifier, tap.layout) == ("fc", None, "NC")
-    logits = model.fc(reading.rows[:, 0, :, None, None]).flatten(1)
-    torch.testing.assert_close(logits, reading.logits)
+    assert (tap.path, tap.layout, tap.channels) == ("fc", "NC", 256)
+    head = tap.classifier
+    assert head is not None
+    rows = reading.rows[:, 0]
+    # The same sum of 256 products in another order, twice as large below.
+    rounding = 2 * 256 * torch.finfo(rows.dtype).eps * float((rows.norm(dim=1)).max())
+    rounding *= float(head.weight.detach().norm(dim=1).max())
+    torch.testing.assert_close(head(rows), reading.logits, rtol=0, atol=rounding)
+    head.weight.sum().backward()
+    assert model.fc.weight.grad.shape == (CLASSES, 256, 1, 1)
+    with torch.no_grad():
+        head.weight.copy_(2 * head.weight)
+        head.bias.zero_()
+    logits = tap.read([batch(3, 64)], max_rows=100, seed=0).logits
+    torch.testing.assert_close(head(rows), logits, rtol=0, atol=rounding)
+    assert (logits - reading.logits).abs().max() > 10 * rounding  # control: the model has changed
+    assert len([*model.fc.parameters()]) == 2
+    model.reset_classifier(CLASSES)
+    with pytest.raises(TapError, match="no longer part of the model"):
+        _ = tap.classifier
+
+
+class Standardised(nn.Conv2d):
+    """Computes something else from the same parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the mean off the weight first."""
+        return torch.nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("head", [Standardised(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)])
+def test_a_convolution_that_is_no_plain_linear_map_is_no_classifier(head: nn.Module) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), head, nn.Flatten())
+    tap = Tap(model, "pre_logits", torch.randn(2, 4, 3, 3))
+    assert (tap.path, tap.classifier) == ("1", None)
 
 
 def test_a_plain_torch_model_needs_no_get_classifier() -> None:
@@ -141,13 +173,13 @@ def test_a_head_whose_output_is_changed_by_a_hook_is_no_classifier() -> None:
             "deit_tiny_distilled_patch16_224",
             "pre_logits",
             SMALL,
-            r"VisionTransformerDistilled computes.*Linear and Linear. Use 'stage:-2' or 'module:",
+            r"Distilled computes.*Linear and Linear. Use a variant .*, or 'stage:-2'; ",
         ),
         (
             "test_vit",
             "stage:-1",
             VIT,
-            r"blocks.5\): changing its rows changes no logit.*earlier",
+            r"blocks.5\): changing its rows changes no logit.*use 'stage:-2'",
         ),
         ("test_vit", "module:block.3", VIT, r"no module 'block.3' in V.*nearest: \['blocks.3'"),
         ("test_vit", "module:zzz", VIT, r"nearest: \['patch_embed', .*'head'\]"),
@@ -155,11 +187,16 @@ def test_a_head_whose_output_is_changed_by_a_hook_is_no_classifier() -> None:
         ("test_vit", "module:", VIT, r"expected 'pre_logits'"),
         ("test_vit", "module:blocks.3@NLCH", VIT, r"optional '@NCHW', '@NHWC' or '@NLC'"),
         ("test_vit", "module:blocks.3@NCHW", VIT, r"NCHW does not fit .* \(2, 17, 64\)"),
-        ("test_vit", "stage:6", VIT, r"no stage '6'; .* has 6; usable: \['stage:0', 'stage:1'"),
+        ("test_vit", "stage:6", VIT, r"no stage '6'; .* has 6; use 'stage:-2'"),
         ("test_vit", "stage:last", VIT, r"no stage 'last'"),
         ("test_vit", "module:blocks.0.attn.attn_drop", VIT, r"never fires: fused .* 'module:bloc"),
         ("hrnet_w18_small", "stage:-1", {}, r"returns a list, expected one .*'module:stage4\.0\."),
-        ("mvitv2_tiny", "stage:-1", {}, r"calls it 'block.3', which is no .*'module:norm'"),
+        (
+            "mvitv2_tiny",
+            "stage:-1",
+            {},
+            r"calls it 'block.3', which is no module; use 'module:norm'",
+        ),
         (
             "swin_tiny_patch4_window7_224",
             "module:layers.0.blocks.0.attn",

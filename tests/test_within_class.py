@@ -140,3 +140,19 @@ def test_presence_that_no_class_varies_in_gives_no_pair(rng: torch.Generator) ->
     assert within_class_pair(Scatter(torch.ones(20, 4), labels), torch.arange(20) < 9) is None
     mixed = (labels == 1) | (torch.arange(20) < 3)
     assert within_class_pair(Scatter(rows, labels), mixed) is not None  # control
+
+
+@pytest.mark.parametrize("outshining", [1e2, 1e3, 1e4, 1e5])
+def test_a_direction_that_outshines_the_others_leaves_a_pair(
+    rng: torch.Generator, outshining: float
+) -> None:
+    # Rows as of a network that has seen nothing but the mark: float32 products round by more
+    # than all other variance.
+    rows, labels = normal(rng, 60, 200).float(), torch.arange(60) % 2
+    present = torch.arange(60) // 2 % 3 == 0
+    rows += outshining * (present + 0.1 * torch.randn(60, generator=rng))[:, None] * rows[:1]
+    for shrinkage in (0.0, None):
+        pair = estimated(rows, labels, present, shrinkage)
+        factor = rows @ pair.filter
+        assert bool(torch.isfinite(pair.filter).all())
+        assert factor[present].min() > factor[~present].max()

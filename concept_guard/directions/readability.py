@@ -10,7 +10,7 @@ from torch import Tensor
 
 from concept_guard.directions.scatter import FOLDS, folds
 from concept_guard.directions.threads import few_threads
-from concept_guard.directions.within_class import shrinkage_of
+from concept_guard.directions.within_class import root_of, shrinkage_of
 
 LEAST_CARRIERS = 8  # images, and as many without, in the classes that have both: two per fold
 
@@ -76,7 +76,7 @@ def _cross_fitted(rows: Tensor, labels: Tensor, present: Tensor, fold: Tensor) -
             continue
         covariance *= 1 - shrunk
         covariance.diagonal().add_(max(shrunk, 1e-6) * level)
-        root = torch.linalg.cholesky(covariance)
+        root = root_of(covariance)
         filters = torch.cholesky_solve(signals.T.to(torch.float64), root).to(rows.dtype)
         factors[fold == left_out] = rows[fold == left_out] @ filters
     return factors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from concept_guard.directions.threads import few_threads
-from concept_guard.directions.within_class import shrinkage_of
+from concept_guard.directions.within_class import root_of, shrinkage_of
 
 BEYOND_NOISE = 1.2  # times the largest singular value of noise, for what differs between classes
 RANK_TOLERANCE = 1e-9  # of the largest singular value of a design in float64
@@ -87,7 +87,7 @@ def _estimate(rows: Tensor, labels: Tensor, present: Tensor, positions: int) -> 
     shrunk = shrinkage_of(centred, covariance)
     covariance *= 1 - shrunk
     covariance.diagonal().add_(max(shrunk, 1e-6) * level)
-    root = torch.linalg.cholesky(covariance)
+    root = root_of(covariance)
     white = _white(root, common)
     axes = _beyond(white, 1.0, positions, least=1)
     rest = _white(root, own)
