@@ -187,8 +187,9 @@ def _candidates(survey: Survey, path: str) -> Iterator[str]:
     usable = _single_outputs(survey)
     yield from _inside(usable, path)
     yield from (f"module:{name}" for name in reversed(usable) if path.startswith(f"{name}."))
-    for back, stage in enumerate(reversed(_stages(survey.model)), 1):
-        yield f"stage:{-back}"
+    stages = _stages(survey.model)
+    yield from (f"stage:{-1 - back}" for back in range(len(stages)))
+    for stage in reversed(stages):
         yield from _inside(usable, stage.get("module", ""))
     maps = [name for name in _single_outputs(survey, axes=3) if "." not in name]
     yield from (f"module:{name}" for name in reversed(maps))
