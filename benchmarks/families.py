@@ -186,13 +186,13 @@ def mapped(model: nn.Module, batches: list[Batch], tap: str) -> tuple[str, str]:
         inside = guard.tap
         words = f"`{guard.config.tap}` `{inside.path}` {inside.layout}, {rows} x {columns}"
         words += f", {inside.num_prefix} prefix" if inside.num_prefix else ""
-        same = [
-            torch.equal(found, m) for m in intermediates(model, batches) if m.shape == found.shape
-        ]
-    # Beyond that: timm's own maps are of another module.
-    if guard.config.tap == "pre_logits":
+        maps = [m for m in intermediates(model, batches) if m.shape == found.shape]
+        alike = any(torch.equal(found, m) for m in maps)
+    where = guard.config.tap
+    assert alike or not where.startswith("stage"), f"{where} is not as timm's own maps are"
+    if where == "pre_logits":
         return "none", refusal
-    return words + (", as timm's" if any(same) else ""), refusal
+    return words + (", as timm's" if alike else ""), refusal
 
 
 def intermediates(model: nn.Module, batches: list[Batch]) -> list[Tensor]:

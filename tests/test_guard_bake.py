@@ -69,6 +69,32 @@ def test_a_baked_checkpoint_is_an_ordinary_one_with_the_logits_of_the_hooked_mod
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("refits", [False, True])
+def test_a_convolution_as_the_classifier_is_trained_and_baked(refits: bool) -> None:
+    model, other = fallen(), fallen()
+    head = nn.Conv2d(model.fc.in_features, CLASSES, 1)
+    head.load_state_dict(
+        {n: v.view_as(head.get_parameter(n)) for n, v in model.fc.state_dict().items()}
+    )
+    model.fc = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), head, nn.Flatten())
+    corrected = []
+    for each in (model, other):
+        guard = correcting(each, action=[*KEPT, "refit"] if refits else KEPT)
+        train(each, stream(UPDATES + 2, first=UPDATES), guard)
+        guard.round()
+        before = logits(each)
+        guard.bake()
+        guard.close()
+        corrected += [before, logits(each)]
+    (hooked, baked), (expected, _) = corrected[:2], corrected[2:]
+    # The same network as with a Linear, but for sums in another order; training spreads these.
+    torch.testing.assert_close(hooked, expected, rtol=0, atol=1e-2)
+    if refits:
+        assert (baked - hooked).abs().max() > 0.1
+    else:
+        torch.testing.assert_close(baked, hooked, rtol=0, atol=1e-4)
+
+
 def test_baking_without_a_correction_changes_no_bit(untouched: Untouched) -> None:
     model = fallen()
     for action in (KEPT, "observe"):
