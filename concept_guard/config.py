@@ -167,6 +167,13 @@ class GuardConfig(StrictModel):
             )
         return max(1, round(float(value.removesuffix("ep")) * self.steps_per_epoch))
 
+    def check_schedules(self) -> None:
+        """Raise the `ConfigError` of a schedule that is no number of updates, if there is one."""
+        names: tuple[Literal["start", "every", "track_every", "ramp"], ...]
+        names = ("start", "every", "track_every", "ramp")
+        for name in names:
+            self.updates(name)
+
     @classmethod
     def load(cls, source: GuardConfig | Mapping[str, object] | str | Path | None) -> GuardConfig:
         """Return the configuration described by `source`.

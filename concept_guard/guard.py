@@ -1,9 +1,9 @@
 """ConceptGuard: the one object a training loop holds. It says when, and computes nothing."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,10 +12,9 @@ from torch.utils.data import Sampler
 from concept_guard import state
 from concept_guard.acts import Acts
 from concept_guard.cards import Card
-from concept_guard.clock import Clock, Pace, Timetable
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
-from concept_guard.decisions import Channel, Stage
+from concept_guard.decisions import Channel
 from concept_guard.errors import BakeError
 from concept_guard.explanation import Explainer, Explanation
 from concept_guard.health import Health
@@ -26,11 +25,11 @@ from concept_guard.ranks import Ranks
 from concept_guard.reading import check_labels
 from concept_guard.rebalancing import checked, descended
 from concept_guard.sampling import Samples
+from concept_guard.schedule import Schedule
 from concept_guard.steadiness import steady_sample
 from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
-T = TypeVar("T")
 _outside_inference_mode = torch.inference_mode(mode=False)  # whose tensors can learn nothing later
 
 
@@ -56,7 +55,6 @@ class ConceptGuard:
     Attributes:
         config: The settings.
         tap: Where activations are read and corrected.
-        steps: Optimizer updates so far.
         baked: What `bake` did about the classifier, in words; empty without `refit`.
 
     Raises:
@@ -75,9 +73,7 @@ class ConceptGuard:
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.config = GuardConfig.load(config)
-        self._timetable = Timetable(self.config.updates("start"), self.config.updates("every"))
-        self._pace = Pace(self.config.updates("track_every"))
-        ramp = self.config.updates("ramp")
+        self.config.check_schedules()
         self._ranks = Ranks()
         try:
             self._attach(model, probe)
@@ -92,7 +88,7 @@ class ConceptGuard:
         )
         self._channel = Channel(log_dir)
         self._health = Health(self.tap, self.config.tap, self._ranks)
-        self._corrector = Corrector(self.tap, self._probe, self.config, ramp)
+        self._corrector = Corrector(self.tap, self._probe, self.config, self.config.updates("ramp"))
         self._watch = Watch(
             self.tap, self._probe, self._corrector, self._health, self._log, self.config
         )
@@ -101,10 +97,16 @@ class ConceptGuard:
         )
         self._explainer = Explainer(self.tap, self._probe.alone, self.config.max_rows)
         self._samples = Samples(self._corrector, self.config.seed)
-        self._clock = Clock()
-        self.steps, self.baked = 0, ""
-        self._stage: Stage = "training"
-        self._round_is_due = self._resumed = self._closed = False
+        self._schedule = Schedule(
+            self.config,
+            self,
+            tap=self.tap,
+            corrector=self._corrector,
+            watch=self._watch,
+            acts=self._acts,
+            channel=self._channel,
+        )
+        self.baked, self._closed = "", False
 
     def _attach(self, model: nn.Module, probe: Iterable[Any]) -> None:
         """Tap the model, if the probe can be worked with."""
@@ -119,6 +121,11 @@ class ConceptGuard:
             self.tap.close()
             raise
         self._images = len(labels)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates so far."""
+        return self._schedule.steps
 
     @property
     def report(self) -> RoundReport | None:
@@ -203,21 +210,7 @@ class ConceptGuard:
         """
         self._health.check_step()
         self._ranks.check()
-        self.steps += 1
-        self._corrector.updated()
-        self._clock.start()
-        if self._resumed:
-            self._resumed = False
-            self._guarded(self._go_on)
-        self._round_is_due |= self._timetable.is_round(self.steps)
-        track_is_due = bool(self._corrector.tracked) and self._pace.is_due(self.steps)
-        if not (self._round_is_due or track_is_due) or not self._affords():
-            return None
-        if self._round_is_due:
-            self._round_is_due = False
-            return self._guarded(self._round)
-        self._guarded(self._track)
-        return None
+        return self._schedule.update()
 
     def round(self) -> RoundReport | None:
         """Run one round now.
@@ -225,7 +218,7 @@ class ConceptGuard:
         Returns:
             Its record; None if it was skipped because activations or loss are not finite.
         """
-        return self._timed(self._round)
+        return self._schedule.round()
 
     def erase(self, ids: int | Iterable[int]) -> None:
         """Correct concepts of the last round, whatever the statistics say.
@@ -267,7 +260,7 @@ class ConceptGuard:
         self._act("approve", ids)
 
     def _act(self, act: str, ids: int | Iterable[int]) -> None:
-        self._timed(lambda: self._acts.perform(act, ids, self.steps))
+        self._schedule.act(act, ids)
 
     @_outside_inference_mode
     def explain(
@@ -312,7 +305,8 @@ class ConceptGuard:
         """
         if self._closed:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
-        self._ranks.all_or_none(self._bake, self, self.tap.model)
+        self.baked = self._schedule.bake()
+        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
 
     @_outside_inference_mode
     def baked_copy(self, model: nn.Module | None = None) -> nn.Module:
@@ -332,7 +326,7 @@ class ConceptGuard:
         Raises:
             BakeError: If the correction is gone: the guard is closed, or baked into the model.
         """
-        if self._closed or self._stage == "finished":
+        if self._closed or self._schedule.stage == "finished":
             raise BakeError(
                 "the correction is gone, the guard is closed or baked; call baked_copy before that"
             )
@@ -340,8 +334,8 @@ class ConceptGuard:
 
     def close(self) -> None:
         """Take everything off the model; calling it again does nothing."""
-        if not self._closed and self._stage == "training":
-            self._tell("stopped")
+        if not self._closed:
+            self._schedule.stop()
         self._closed = True
         self.tap.close()
         self._corrector.close()
@@ -366,13 +360,10 @@ class ConceptGuard:
             "schema_version": state.SCHEMA_VERSION,
             "model": self._identity(),
             "processes": self._ranks.size,
-            "steps": self.steps,
-            "round_is_due": self._round_is_due,
-            "decisions_read": self._channel.read,
+            **self._schedule.state_dict(),
             **self._watch.last.state_dict(),
             **self._corrector.state_dict(),
             "samples": self._samples.state_dict(),
-            "pace": self._pace.state_dict(),
         }
 
     @_outside_inference_mode
@@ -394,74 +385,21 @@ class ConceptGuard:
                 "of updates; set steps_per_epoch, start and every to match",
                 stacklevel=2,
             )
-        self.put_back(saved)
-        self._resumed = True
+        self.put_back(saved, resumed=True)
 
-    def put_back(self, saved: Mapping[str, Any]) -> None:
+    def put_back(self, saved: Mapping[str, Any], *, resumed: bool = False) -> None:
         """Take a state of this guard, or of its like in another process, as it is.
 
         Args:
             saved: Result of `state_dict`.
+            resumed: Whether the run was stopped in between.
         """
         self._samples.load_state_dict(saved["samples"])
-        self._pace.load_state_dict(saved["pace"])
+        self._schedule.load_state_dict(saved, resumed=resumed)
         self._corrector.load_state_dict(saved)
         self._watch.last = LastRound.from_state(saved, self.tap.device)
-        self.steps, self._round_is_due = saved["steps"], saved["round_is_due"]
-        self._channel.read = saved["decisions_read"]
 
     def _identity(self) -> dict[str, Any]:
         shape = {"channels": self.tap.channels, "num_classes": self.tap.num_classes}
         shape["probe_images"] = self._images
         return {"class": self._model_name, "tap": self.config.tap, **shape}
-
-    def _round(self) -> RoundReport | None:
-        self._acts.heed(self.steps)
-        report = self._watch.round(self.steps, self._clock.share)
-        if report is not None:
-            self._pace.estimated(self.steps)
-        self._tell("training")
-        return report
-
-    def _track(self) -> None:
-        self._pace.estimated(self.steps)  # also if what follows fails
-        self._pace.estimated(self.steps, self._corrector.track())
-
-    def _go_on(self) -> None:
-        """Carry out what was decided while the run was stopped, and say that it goes on."""
-        self._acts.heed(self.steps)
-        self._tell("training")
-
-    def _bake(self) -> None:
-        self._acts.heed(self.steps)
-        reading = self._corrector.erasure.settle(self._corrector.tracked)
-        classifier = self.tap.classifier
-        self._tell("finished")
-        with self._ranks.one_result([] if classifier is None else classifier.parameters()):
-            self.baked = self._corrector.bake(reading)
-        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
-
-    def _affords(self) -> bool:
-        """Return whether there is time for what is due, by the clock of the first process."""
-        budget = self.config.budget
-        return budget is None or self._ranks.of_first(self._clock.affords(budget))
-
-    def _tell(self, stage: Stage) -> None:
-        self._stage = stage
-        self._acts.tell(stage, self._timetable.next_round(self.steps))
-
-    def _guarded(self, stage: Callable[[], T]) -> T | None:
-        """Return what a stage returns; a failure costs a warning, not the training run."""
-        try:
-            return self._timed(stage)
-        except Exception as error:  # whatever it is, it must not end the user's training
-            warnings.warn(
-                f"the guard's work at step {self.steps} is skipped: {type(error).__name__}: "
-                f"{error}. The guard keeps its last state and training goes on.",
-                stacklevel=3,
-            )
-            return None
-
-    def _timed(self, stage: Callable[[], T]) -> T:
-        with self._clock.spending(), torch.inference_mode(mode=False):
-            return self._ranks.all_or_none(stage, self, self.tap.model)

@@ -150,7 +150,8 @@ class Window:
             head = self._tap.classifier
         except TapError:  # replaced, which is said elsewhere
             return None
-        return head.weight if head is not None and head.weight.requires_grad else None
+        weight = next((p for p in head.parameters() if p.ndim > 1), None) if head else None
+        return weight if weight is not None and weight.requires_grad else None
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[int]:

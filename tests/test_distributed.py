@@ -225,7 +225,7 @@ def heard_by_all(rank: int) -> None:
     """A loss that is not finite in one process, a budget, a sampler, a batch without classes."""
     model = fallen()
     guard = usual(model, config={"budget": "50%", "action": ["project", "rebalance"]})
-    guard._clock = Stingy(rank)
+    guard._schedule.clock = Stingy(rank)
     (images, labels), *_ = stream(1)
     model.train()(images)
     guard.loss(torch.tensor([1.0, float("nan") if rank else 1.0]), torch.tensor([0, 1]))

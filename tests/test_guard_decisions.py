@@ -202,7 +202,7 @@ def test_a_stopped_run_takes_up_decisions_in_its_first_step(tmp_path: Path) -> N
     assert (standing(tmp_path).stage, standing(tmp_path).waiting) == ("training", ())
     called = Run(None)
     called.load(raw)
-    called.guard._go_on = lambda: called.guard.approve(concept)  # type: ignore[method-assign]
+    called.guard._schedule.go_on = lambda: called.guard.approve(concept)  # type: ignore[method-assign]
     for one in (again, called):
         one.train(9)
     assert unlike(again.saved(), called.saved(), read=False) == []

@@ -38,6 +38,7 @@ LAYERS = [
     {"reporting", "sampling"},
     {"watch", "rebalancing"},
     {"acts"},
+    {"schedule"},
     {"doctor"},
     {"guard", "report"},
     {"diagnosis", "integrations"},
