@@ -1,23 +1,26 @@
 """What does the guard cost: per update, and per round?
 
 Question: by how much does the guard lengthen an update at the default schedule, while it observes,
-while it has nothing to correct, and while a concept is projected out, rebalanced and tracked? How
+while it has nothing to correct, and while concepts are projected out, rebalanced and tracked? How
 long is a round, next to the forward pass over the same probe images?
 Data: CIFAR-10 as one npz of JPEG bytes, as for `cifar_patch.py`; random images if the file is not
-there. Batches of 64, a probe of 4,096 images, four shortcuts as in `flags_networks.py`; a resnet10t
-and a small vision transformer of timm at 32 px, trained for one epoch of 8,000 images.
-Command: python benchmarks/overhead.py [--seeds 3]
-Expected: see README.md beside this file. Run time: 20 minutes for one seed with `--pairs 8`
-on one thread beside other work.
+there. Batches of 64 (`--batch`), a probe of 4,096 images, four shortcuts as in `flags_networks.py`.
+Networks: resnet18, convnext_atto and vit_tiny_patch16_224 of timm at 64 px, eager and compiled; on
+request `cnn` and `vit`, a resnet10t and a small vision transformer at 32 px. All are trained for a
+few updates first (`--learn`), as what an update costs does not depend on what was learnt.
+Command: python benchmarks/overhead.py
+         python benchmarks/overhead.py --networks cnn vit --modes eager --rounds --learn 125
+Expected: see README.md beside this file. Run time: about an hour on one
+idle thread. `--cpu-time` counts processor time, for machines that are shared.
 
 Rows of the table (bound):
     observe   `action: observe`, between rounds (1 %)
     nothing   the default actions, nothing flagged, between rounds (1 %)
-    active    the default actions with what a round flags under correction, tracked (8 %)
-    round     a round in that state, over the forward pass alone (2 times)
-Updates with and without the guard take turns of 5 in changing order; 25 of either make a pair, and
-the figure is the median of the quotients of the pairs, with quartiles. Rounds and forward passes
-take turns likewise.
+    active    the default actions, four concepts corrected and tracked every 25 updates (8 %)
+    round     a round in that state, over the forward pass alone (2 times); with `--rounds`
+Updates with and without the guard take turns of 5 in changing order; 25 of either make a pair, 10
+where nothing is tracked, and the figure is the median of the quotients of the pairs, with
+quartiles. Rounds and forward passes take turns likewise.
 """
 
 import argparse
@@ -25,23 +28,28 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from cifar_patch import normalised, read_images
-from flags_networks import MODELS, built, learnt, planted
+from flags_networks import MODELS, built, planted
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch._dynamo import config as dynamo
+from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, TensorDataset
 
 from concept_guard import ConceptGuard
 
-BATCH, PROBE, TRAIN = 64, 4096, 8000
-TURN, TURNS, TRACKED = 5, 5, 25  # updates per turn, turns per pair, updates between trackings
+PROBE, TRAIN = 4096, 8000
+TURN, TRACKED = 5, 25  # updates per turn, updates between trackings
+TURNS = {"observe": 2, "nothing": 2, "active": TRACKED // TURN}  # per pair; one tracking in each
 NEVER = 10**9
+CONCEPTS = 4  # under correction, as many as there are shortcuts
 BOUNDS = {"observe": 1.01, "nothing": 1.01, "active": 1.08, "round": 2.0}
-assert TURN * TURNS == TRACKED  # every pair holds one re-estimation, as every such stretch does
+NETWORKS = {"resnet18": 64, "convnext_atto": 64, "vit_tiny_patch16_224": 64, "cnn": 32, "vit": 32}
+Pair = tuple[Tensor, Tensor]
 
 
 def images_of(path: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -62,41 +70,51 @@ def images_of(path: Path, seed: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, size[:1], generator=generator)
 
 
-def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def network(name: str, seed: int) -> nn.Module:
+    """Return an untrained network for ten classes."""
+    torch.manual_seed(seed)
+    if name in MODELS:
+        return built(name)
+    options = {"img_size": NETWORKS[name]} if name.startswith("vit") else {}
+    return timm.create_model(name, num_classes=10, **options)
+
+
+def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[Pair]:
     """Yield full batches without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(labels), generator=generator)
-        for at in order.split(BATCH)[: len(order) // BATCH]:
+        for at in order.split(size)[: len(order) // size]:
             yield images[at], labels[at]
 
 
 def correct(guard: ConceptGuard) -> None:
-    """Bring what a round flags under correction; one concept if it flags nothing."""
+    """Bring four concepts under correction: what a round flags, then others of its concepts."""
     report = guard.round()
-    if report is None or guard.erased:
-        return
-    for concept in sorted(report.concepts, key=lambda c: abs(c.presence_rate - 0.1)):
+    found = [] if report is None else list(report.concepts)
+    for concept in sorted(found, key=lambda c: abs(c.presence_rate - 0.1)):
+        if len(guard.erased) >= CONCEPTS:
+            return
         try:
             guard.erase(concept.id)
         except ValueError:  # its images do not tell a direction: the next one
             continue
-        return
 
 
 def stepping(
-    model: nn.Module, guard: ConceptGuard | None
-) -> Callable[[list[tuple[Tensor, Tensor]]], None]:
+    model: nn.Module, guard: ConceptGuard | None, *, compiled: bool = False
+) -> Callable[[list[Pair]], None]:
     """Return a function that trains a network on some batches, with a guard or without.
 
     At a rate at which tracked pairs move, so that they are estimated again as often as ever.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    called = torch.compile(model, dynamic=False) if compiled else model
     model.train()
 
-    def updates(block: list[tuple[Tensor, Tensor]]) -> None:
+    def updates(block: list[Pair]) -> None:
         for images, labels in block:
-            losses = cross_entropy(model(images), labels, reduction="none")
+            losses = cross_entropy(called(images), labels, reduction="none")
             (losses.mean() if guard is None else guard.loss(losses, labels)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -106,39 +124,54 @@ def stepping(
     return updates
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long a piece of work takes."""
-    began = time.perf_counter()
+def seconds(work: Callable[[], object], *, of_cpu: bool) -> float:
+    """Return how long a piece of work takes, or how much time of the processor."""
+    clock = time.process_time if of_cpu else time.perf_counter
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def update_quotients(
-    base: nn.Module, row: str, data: tuple[Tensor, ...], pairs: int, seed: int
-) -> list[float]:
-    """Return the quotients of the times of 25 updates with the guard and without."""
+    base: nn.Module, row: str, data: tuple[Tensor, ...], args: argparse.Namespace, *, compiled: bool
+) -> tuple[list[float], str]:
+    """Return the quotients of the times of some updates with the guard and without, and a remark.
+
+    Args:
+        base: The network to train.
+        row: Of the table.
+        data: Images and labels to learn, and of the probe.
+        args: From the command line.
+        compiled: Whether both networks are compiled.
+    """
     x, y, probe_x, probe_y = data
+    torch.compiler.reset()
     guarded = copy.deepcopy(base).train()
-    config = {"start": NEVER, "every": NEVER, "seed": seed}
+    config = {"start": NEVER, "every": NEVER}
     config |= {"action": "observe"} if row == "observe" else {}
     probe = DataLoader(TensorDataset(probe_x, probe_y), batch_size=256)
-    stream, quotients = batches(x, y, seed), []
+    stream, quotients, plain = batches(x, y, args.batch, 0), [], []
     with ConceptGuard(guarded, probe=probe, config=config) as guard:
         if row == "active":
             correct(guard)
-        run = (stepping(copy.deepcopy(base), None), stepping(guarded, guard))
-        for _ in range(pairs + 1):
+        remark = f", {len(guard.erased)} concepts" if guard.erased else ""
+        unguarded = stepping(copy.deepcopy(base), None, compiled=compiled)
+        run = (unguarded, stepping(guarded, guard, compiled=compiled))
+        for _ in range(args.pairs + 1):
             spent = [0.0, 0.0]
-            for turn in range(TURNS):
+            for turn in range(TURNS[row]):
                 block = [next(stream) for _ in range(TURN)]
                 for kind in (turn % 2, 1 - turn % 2):
-                    spent[kind] += seconds(lambda: run[kind](block))  # noqa: B023 - called at once
+                    work = partial(run[kind], block)
+                    spent[kind] += seconds(work, of_cpu=args.cpu_time)
             quotients.append(spent[1] / spent[0])
-    return quotients[1:]  # the first pair warms up
+            plain.append(1000 * spent[0] / (TURN * TURNS[row]))
+    # The first pair warms up and compiles.
+    return quotients[1:], f"{statistics.median(plain[1:]):.0f} ms per update without{remark}"
 
 
 def round_quotients(
-    base: nn.Module, data: tuple[Tensor, ...], pairs: int, seed: int
+    base: nn.Module, data: tuple[Tensor, ...], args: argparse.Namespace, seed: int
 ) -> tuple[list[float], float]:
     """Return the quotients of rounds and forward passes, and the seconds of a forward pass."""
     _, _, probe_x, probe_y = data
@@ -153,43 +186,65 @@ def round_quotients(
     quotients, passes = [], []
     with ConceptGuard(model, probe=probe, config={"start": NEVER, "seed": seed}) as guard:
         correct(guard)
-        for _ in range(pairs):
-            passes.append(seconds(forward))
-            quotients.append(seconds(guard.round) / passes[-1])
+        for _ in range(max(3, args.pairs // 3)):
+            passes.append(seconds(forward, of_cpu=args.cpu_time))
+            quotients.append(seconds(guard.round, of_cpu=args.cpu_time) / passes[-1])
     return quotients, statistics.median(passes)
 
 
-def measured(seed: int, path: Path, pairs: int) -> Iterator[tuple[str, str, list[float], str]]:
-    """Yield network, row, quotients and a remark."""
-    images, labels = images_of(path, seed)
-    parts = [slice(TRAIN), slice(TRAIN, TRAIN + PROBE)]
+def measured(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, list[float], str]]:
+    """Yield network with mode, row, quotients and a remark."""
+    images, labels = images_of(args.data, seed)
+    parts = [slice(TRAIN), slice(TRAIN, TRAIN + args.probe)]
     learn, probe = (planted(images[at], labels[at], seed + n) for n, at in enumerate(parts))
     y, probe_y = (labels[at] for at in parts)
-    data = (normalised(learn), y, normalised(probe), probe_y)
-    for name in MODELS:
-        torch.manual_seed(seed)
-        base = learnt(built(name), learn, y, epochs=1, seed=seed)
-        for row in ("observe", "nothing", "active"):
-            yield name, row, update_quotients(base, row, data, pairs, seed), ""
-        quotients, forward = round_quotients(base, data, max(3, pairs // 3), seed)
-        yield name, "round", quotients, f"forward pass {forward:.1f} s"
+    for name in args.networks:
+        x, probe_x = (interpolate(normalised(part), NETWORKS[name]) for part in (learn, probe))
+        data, base = (x, y, probe_x, probe_y), network(name, seed)
+        stream = batches(x, y, args.batch, seed)
+        stepping(base, None)([next(stream) for _ in range(args.learn)])
+        for mode in args.modes:
+            for row in args.rows:
+                quotients, remark = update_quotients(
+                    base, row, data, args, compiled=mode == "compiled"
+                )
+                yield f"{name}, {mode}", row, quotients, remark
+        if args.rounds:
+            quotients, forward = round_quotients(base, data, args, seed)
+            yield f"{name}, eager", "round", quotients, f"forward pass {forward:.1f} s"
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10_jpg_20k10k.npz"))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS)
+    parser.add_argument(
+        "--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"]
+    )
+    parser.add_argument("--rows", nargs="+", default=list(TURNS), choices=TURNS)
+    parser.add_argument("--cpu-time", action="store_true", help="in place of wall time")
+    parser.add_argument("--rounds", action="store_true", help="also time rounds")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of stretches per row")
+    parser.add_argument("--batch", type=int, default=64, help="images per update")
+    parser.add_argument("--learn", type=int, default=20, help="updates before anything is timed")
+    parser.add_argument("--probe", type=int, default=PROBE, help="images of the probe")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure all, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10_jpg_20k10k.npz"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of 25 updates per row")
-    args = parser.parse_args()
-    began = time.perf_counter()
+    args, began = options(), time.perf_counter()
+    # Or the plain network would be run by the graph of the guarded one, and the other way round.
+    dynamo.skip_nnmodule_hook_guards = False
     print(f"images: {args.data if args.data.is_file() else 'random, no file at --data'}")
     found: dict[tuple[str, str], list[float]] = {}
     for seed in range(args.seeds):
-        for name, row, quotients, remark in measured(seed, args.data, args.pairs):
+        for name, row, quotients, remark in measured(args, seed):
             print(f"{seed} {line(name, row, quotients)} {remark}", flush=True)
             found.setdefault((name, row), []).extend(quotients)
-    print(f"\nall {args.seeds} seeds")
+    print(f"\nall {args.seeds} seeds, batches of {args.batch}")
     for (name, row), quotients in found.items():
         print(line(name, row, quotients))
     print(
@@ -204,7 +259,7 @@ def line(name: str, row: str, quotients: list[float]) -> str:
     low, _, high = statistics.quantiles(quotients, n=4)
     kept = "kept" if middle <= BOUNDS[row] else "NOT kept"
     return (
-        f"{name:4} {row:8} {middle:6.3f} [{low:.3f}, {high:.3f}] of {len(quotients):3} pairs, "
+        f"{name:30} {row:8} {middle:6.3f} [{low:.3f}, {high:.3f}] of {len(quotients):3} pairs, "
         f"bound {BOUNDS[row]:.2f}: {kept}"
     )
 
