@@ -69,7 +69,7 @@ def test_a_bad_probe_is_named_and_nothing_is_attached(untouched: Untouched, case
 BAD_TAPS = {
     "module:layer5": r"no module 'layer5' in ResNet; nearest: \['layer",
     "module:layer4.0.conv9": r"no module 'layer4.0.conv9' in ResNet; nearest: \['layer4.0.conv",
-    "stage:9": r"no stage '9'; feature_info of ResNet has 5; usable: \['stage:0'",
+    "stage:9": r"no stage '9'; feature_info of ResNet has 5; use 'stage:-1'",
 }
 
 
