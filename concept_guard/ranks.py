@@ -197,7 +197,8 @@ class Ranks:
         """
         buffers = [b for b in model.buffers() if isinstance(b, Tensor)]
         own = [b.detach().cpu().clone() for b in buffers]
-        said = self.gathered((digest([p.detach() for p in model.parameters()][-2:]), own[:]))
+        last = [p.detach() for p in model.parameters()][-2:]
+        said = self.gathered((digest(last), own if self.first else []))
         if len({weights for weights, _ in said}) > 1:
             raise ValueError(
                 f"the {self.size} processes train models with different weights, expected replicas "
