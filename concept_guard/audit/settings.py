@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from concept_guard.config import GuardConfig
-from concept_guard.errors import ConfigError
-from concept_guard.strict import Location, StrictModel, listed, read_yaml, validated
-from concept_guard.training.recipe import Device, FolderName, PathText, override
+from concept_guard.strict import Location, StrictModel, read_yaml, validated
+from concept_guard.training.overrides import override_all
+from concept_guard.training.recipe import Device, FolderName, PathText
 
 
 def _listed(value: object) -> object:
@@ -97,9 +97,6 @@ def load_settings(
 
     Returns:
         The checked settings.
-
-    Raises:
-        ConfigError: With every offender: line or override, key, value and expectation.
     """
     data: dict[str, object] = {"source": source}
     places: dict[Location, int | str] = {("source",): "command line"}
@@ -108,12 +105,5 @@ def load_settings(
         places = {**lines}
     for key, value in given.items():
         data[key], places[key,] = value, "command line"
-    wrong: list[str] = []
-    for text in overrides:
-        try:
-            override(data, places, text)
-        except (ConfigError, ValueError) as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError(listed("command line", wrong))
+    override_all(data, places, overrides)
     return validated(AuditSettings, data, places, source)

@@ -14,9 +14,8 @@ from pydantic import BeforeValidator, Field
 from timm.utils import ParseKwargs
 
 from concept_guard.config import read_yaml
-from concept_guard.errors import ConfigError
-from concept_guard.strict import Location, StrictModel, listed, validated
-from concept_guard.training.recipe import override
+from concept_guard.strict import Location, StrictModel, validated
+from concept_guard.training.overrides import override_all
 
 _Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -128,7 +127,7 @@ def asked(model: str, words: Sequence[str]) -> Asked:
     """
     data: dict[str, object] = {"model": model}
     places: dict[Location, int | str] = {("model",): "command line"}
-    _override(data, places, words)
+    override_all(data, places, words)
     return validated(Asked, data, places, "command line")
 
 
@@ -152,7 +151,7 @@ def of_script(
     path = file.config
     data, lines = read_yaml(path) if path else ({}, {})
     places: dict[Location, int | str] = {**lines}
-    _override(data, places, changes)
+    override_all(data, places, changes)
     known = {k: v for k, v in data.items() if k in Arguments.model_fields and v is not None}
     given, rest = _parser().parse_known_args(rest)
     if rest and not rest[0].startswith("-"):
@@ -160,19 +159,6 @@ def of_script(
     for key, value in vars(given).items():
         known[key], places[key,] = value, "command line"
     return validated(Arguments, known, places, path or "command line"), data
-
-
-def _override(
-    data: dict[str, object], places: dict[Location, int | str], words: Sequence[str]
-) -> None:
-    wrong: list[str] = []
-    for text in words:
-        try:
-            override(data, places, text)
-        except (ConfigError, ValueError) as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError(listed("command line", wrong))
 
 
 def guard_of(arguments: Asked) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from concept_guard.doctor import Loop, Problem, offenders, settled
 from concept_guard.errors import ConfigError
 from concept_guard.integrations.timm_script import KEY, settings
 from concept_guard.training.building import REFUSALS, build_model, first_lines
-from concept_guard.training.recipe import Recipe, load_recipe, override
+from concept_guard.training.overrides import override
+from concept_guard.training.recipe import Recipe, load_recipe
 from concept_guard.training.splits import data_config, open_splits, ordered, updates_per_epoch
 
 SAMPLE = 8  # images

@@ -21,18 +21,16 @@ from pydantic import (
 )
 
 from concept_guard.config import GuardConfig
-from concept_guard.errors import ConfigError
 from concept_guard.strict import (
     Location,
     StrictModel,
     expand_path,
-    listed,
-    parse_yaml,
     read_yaml,
     validated,
 )
 from concept_guard.training.digits import Planted
 from concept_guard.training.images import split_folder
+from concept_guard.training.overrides import override_all
 
 _FOLDER_DEFAULTS: dict[str, object] = {
     "train_split": "train",
@@ -259,52 +257,16 @@ class Recipe(StrictModel):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a YAML file, changed by `key=value` texts.
 
+    A `ConfigError` has every offender: line or override, key, value and expectation.
+
     Args:
         path: The recipe.
         overrides: For example `epochs=3` or `guard.alpha=0.01`; values are read as YAML.
 
     Returns:
         The checked recipe with every default filled in.
-
-    Raises:
-        ConfigError: With every offender: line or override, key, value and expectation.
     """
     data, lines = read_yaml(path)
     places: dict[Location, int | str] = {**lines}
-    wrong: list[str] = []
-    for text in overrides:
-        try:
-            override(data, places, text)
-        except (ConfigError, ValueError) as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError(listed("command line", wrong))
+    override_all(data, places, overrides)
     return validated(Recipe, data, places, str(path))
-
-
-def override(data: dict[str, object], places: dict[Location, int | str], text: str) -> None:
-    """Set one `key=value` in `data`, and write down that it comes from the command line.
-
-    Args:
-        data: Settings as read from a file; changed in place.
-        places: Where each came from; changed likewise.
-        text: For example `epochs=3` or `guard.alpha=0.01`; the value is read as YAML.
-
-    Raises:
-        ValueError: If the text is no `key=value`, or the key lies in what is no block.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"{text!r}: expected key=value, for example epochs=3 or guard.alpha=0.01")
-    source = f"command line {text}"
-    *blocks, name = key.strip().split(".")
-    block: Any = data
-    for depth, part in enumerate(blocks):
-        if block.get(part) is None:
-            block[part] = {}
-        block = block[part]
-        if not isinstance(block, dict):
-            above = ".".join(blocks[: depth + 1])
-            raise ValueError(f"{source}: {above} = {block!r} is a value, it has no {name!r} in it")
-    block[name], _ = parse_yaml(value, source)
-    places[*blocks, name] = source
