@@ -90,6 +90,8 @@ def load_settings(
 ) -> AuditSettings:
     """Return the settings of an audit from what the command line says.
 
+    A `ConfigError` has every offender: line or override, key, value and expectation.
+
     Args:
         source: A YAML file with settings, or what is to be audited.
         given: Settings by name that take the place of those in the file.
