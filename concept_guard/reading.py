@@ -29,9 +29,11 @@ def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
     images, labels = batch
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
+            mend = "collate them with torch.utils.data.default_collate"
+            if isinstance(value, Mapping):
+                mend = "give the probe a loader of plain images, as a NaFlex model takes them too"
             raise ProbeError(
-                f"{where}: {name} are a {type(value).__name__}, expected a tensor; "
-                "collate them with torch.utils.data.default_collate"
+                f"{where}: {name} are a {type(value).__name__}, expected a tensor; {mend}"
             )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ProbeError(

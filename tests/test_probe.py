@@ -267,8 +267,8 @@ def test_a_one_shot_probe_is_refused_with_a_way_out() -> None:
             (images(), torch.tensor([True, False])),
             r"labels are torch.bool, .*have the dataset return int\(label\)",
         ),
-        ((images(), [0, 1]), "labels are a list, expected a tensor"),
-        (({"patches": images()}, torch.zeros(2)), "images are a dict"),
+        ((images(), [0, 1]), "labels are a list, expected a tensor; collate them"),
+        (({"patches": images()}, torch.zeros(2)), "images are a dict.*loader of plain images"),
         (
             (images(), torch.zeros(2), "name"),
             r"tuple of length 3, expected a pair.*collate_fn=lambda .*\(i\[0\], i\[1\]\) for",
