@@ -25,7 +25,7 @@ from concept_guard.hooks import stripped
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.refit import refit
-from concept_guard.sharding import is_divided
+from concept_guard.sharding import is_sharded
 from concept_guard.taps import Tap
 from concept_guard.tracking import Tracked
 
@@ -89,7 +89,7 @@ def baked_copy(
     Raises:
         BakeError: If folding cannot be exact, or the model is divided among processes.
     """
-    if any(is_divided(parameter) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         raise BakeError(
             "the model is divided among the processes and cannot be copied; call guard.bake() in "
             "all of them and gather the weights (get_model_state_dict, full_state_dict=True)"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from concept_guard.errors import ConfigError, ProbeError
-from concept_guard.sharding import whole
+from concept_guard.sharding import unsharded
 
 T = TypeVar("T")
 TIMES = ("seconds", "overhead")  # differ between processes by nature
@@ -173,7 +173,7 @@ class Ranks:
             return stage()
         before = holder.state_dict()
         try:
-            with whole(model), self._one_model(model):
+            with unsharded(model), self._one_model(model):
                 result = stage()
             state = holder.state_dict()
             if len(set(self.gathered(digest(state)))) > 1:

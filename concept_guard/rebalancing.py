@@ -11,7 +11,7 @@ from concept_guard.corrector import Corrector
 from concept_guard.errors import TapError
 from concept_guard.health import Health
 from concept_guard.sampling import Samples
-from concept_guard.sharding import is_divided
+from concept_guard.sharding import is_sharded
 from concept_guard.taps import Tap
 
 
@@ -74,7 +74,7 @@ def descended(
     except TapError as error:
         health.warn_once(f"nothing is corrected: {error}.")
         return plain
-    if classifier is not None and is_divided(classifier.weight):
+    if classifier is not None and is_sharded(classifier.weight):
         health.warn_once(
             "nothing is corrected: the classifier is divided among the processes while the loss is "
             "computed; divide it together with the whole model, fully_shard(model, "

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 
-def is_divided(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Return whether this process holds just a part of a parameter now."""
     return hasattr(parameter, "full_tensor")
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Have all of a model in this process for the block, so that its passes wait for no other one.
 
     What the block changes in place is written into the parts. All processes come here together; it
@@ -64,7 +64,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter
 
 def _write(part: Any, value: Tensor) -> None:
     with torch.no_grad():
-        if is_divided(part):
+        if is_sharded(part):
             full = value.to(part.dtype)
             value = distributed.tensor.distribute_tensor(full, part.device_mesh, part.placements)
         part.copy_(value)

@@ -7,19 +7,23 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import normalize
 from torchvision.utils import save_image
 from worlds import CLASSES, NET, PROBE, TEST, TRAIN, accuracy, mark, world
 
 from concept_guard import ConfigError
-from concept_guard.integrations.timm_script import VARIABLE, guard_script, settings
+from concept_guard.integrations.timm_script import VARIABLE, guard_script, settings, undivided
 
 TESTS = Path(__file__).parent
 AUTO = "concept_guard.integrations.timm_auto"
@@ -190,3 +194,20 @@ def test_settings_come_from_the_yaml_of_the_script_or_from_the_environment(
     monkeypatch.setenv(VARIABLE, str(other))
     with pytest.raises(ConfigError, match="is a list, expected settings such as"):
         settings([])
+
+
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_the_loader_of_one_of_two_processes_is_read_in_full(*, prefetched: bool) -> None:
+    dataset = [(np.full((3, 4, 4), n, dtype=np.uint8), n % 2) for n in range(6)]
+    share = OrderedDistributedSampler(dataset, num_replicas=2, rank=1)
+    loader: Any = DataLoader(dataset, 2, sampler=share, collate_fn=fast_collate)
+    if prefetched:
+        plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "device": torch.device("cpu")}
+        loader = PrefetchLoader(loader, **plain)
+    known = [255 * x if prefetched else x for x, _ in loader]
+    assert [int(x[0, 0, 0]) for batch in known for x in batch] == [1, 3, 5]
+    found = [255 * x if prefetched else x for x, _ in undivided(loader)]
+    assert [round(float(x[0, 0, 0])) for batch in found for x in batch] == [0, 1, 2, 3, 4, 5]
+    assert [int(x[0, 0, 0]) for batch in known for x in batch] == [1, 3, 5]  # untouched
+    everything = DataLoader(dataset, 2)
+    assert undivided(everything) is everything

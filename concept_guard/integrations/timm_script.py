@@ -64,7 +64,7 @@ def updates_in(loader: Any, arguments: list[str]) -> int:
     return -(-len(loader) // max(1, int(batches)))
 
 
-def whole(loader: Any) -> Any:
+def undivided(loader: Any) -> Any:
     """Return a loader of timm over the whole dataset, not this process's share of it.
 
     Args:
@@ -158,7 +158,7 @@ def guard_script(script: ModuleType, arguments: list[str]) -> None:
             warn_if_trained_on(loaders[-1], loader)
         folder = log_dir or _folder(type(model).__name__)
         new = ConceptGuardTask(
-            model, *args, probe=whole(loaders[-1]), config=config, log_dir=folder, **kwargs
+            model, *args, probe=undivided(loaders[-1]), config=config, log_dir=folder, **kwargs
         )
         atexit.register(new.guard.close)
         return new
