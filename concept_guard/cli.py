@@ -193,22 +193,25 @@ def _audit(source: str, data: str | None, overrides: Sequence[str]) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    source, words, about_here = options.source, options.words, options.env
-    from concept_guard.doctor import environment  # heavy: torch
-
-    if about_here:
-        sys.stdout.write(f"{environment()}\n")
-    if source is None:
-        if about_here:
-            return OK
-        raise ConfigError("doctor: nothing to examine; name a timm model, a recipe or train.py")
-    if not source.endswith(".py"):
+    source, words, flags = options.source, options.words, {"--env": "env", "--no-cost": "no_cost"}
+    if source is not None and not source.endswith(".py"):  # behind a script they are its own
+        for word in flags.keys() & set(words):
+            setattr(options, flags[word], True)
+        words = [word for word in words if word not in flags]
         wrong = [word for word in words if word.startswith("-") or "=" not in word]
         if wrong:
             raise ConfigError(
                 f"doctor {source}: unrecognized {' '.join(wrong)}; expected key=value, or put "
                 "train.py before the words of a training"
             )
+    if source is None and not options.env:
+        raise ConfigError("doctor: nothing to examine; name a timm model, a recipe or train.py")
+    if options.env:
+        from concept_guard.doctor import environment  # heavy: torch
+
+        sys.stdout.write(f"{environment()}\n")
+    if source is None:
+        return OK
     from concept_guard.checkup import checkup  # heavy: timm
 
     seconds = {"seconds": 0.0} if options.no_cost else {}

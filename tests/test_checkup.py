@@ -91,6 +91,13 @@ def test_what_only_limits_the_guard_exits_with_0(capsys: pytest.CaptureFixture[s
     assert "LIMITS  guard.bake()" in out
 
 
+def test_options_may_stand_behind_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "test_resnet", "num_classes=4", "--no-cost"]) == 0
+    out, _ = capsys.readouterr()
+    assert "no problem" in out
+    assert "cost on" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
