@@ -143,10 +143,15 @@ class Ranks:
             error: Why.
         """
         if self._group is not None:
-            with suppress(RuntimeError):  # they know, or are gone
+            with suppress(RuntimeError, ConfigError):  # they know, or are gone
                 self._exchanged((None, f"process {self.rank}: {type(error).__name__}: {error}"))
 
     def _exchanged(self, message: tuple[Any, str]) -> list[Any]:
+        if processes() < self.size:
+            raise ConfigError(
+                "the processes do not know each other any more; call guard.bake() and "
+                "guard.close() before torch.distributed.destroy_process_group()"
+            )
         heard: list[Any] = [None] * self.size
         distributed.all_gather_object(heard, message, group=self._group)
         failures = [failure for _, failure in heard if failure]

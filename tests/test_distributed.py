@@ -332,6 +332,10 @@ def test_guards_that_know_nothing_of_each_other_are_refused(
         model(world(PROBE).images[:2])
         with pytest.raises(ConfigError, match="built before.*2 processes.*init_process_group"):
             guard.step()
+        guard._ranks._group, guard._ranks.size = object(), 2
+        monkeypatch.setattr(ranks_module, "processes", lambda: 1)
+        with pytest.raises(ConfigError, match="guard.bake.* before .*destroy_process_group"):
+            guard.bake()
     alone = Ranks(alone=True)
     alone.check()
     assert alone.gathered(3) == [3]
