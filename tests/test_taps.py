@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.hooks import RemovableHandle
 
 from concept_guard.errors import ProbeError, TapError
-from concept_guard.taps import Tap, check_labels, isolated, probe_batches
+from concept_guard.taps import Tap, check_labels, probe_batches
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 Look = Callable[[], object]
@@ -555,86 +555,3 @@ def test_training_with_reads_in_between_is_bit_identical(
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     control = trained(name, options, naive)  # looking is not harmless by itself
     assert not all(torch.equal(one, other) for one, other in zip(alone, control, strict=True))
-
-
-# Models that average two classifiers, or add an auxiliary one to the linear head.
-REFUSED = {
-    "crossvit_tiny_240",
-    "deit_tiny_distilled_patch16_224",
-    "efficientformer_l1",
-    "efficientformerv2_s0",
-    "levit_128s",
-    "pit_ti_distilled_224",
-    "repvit_m0_9",
-    "swiftformer_xs",
-    "volo_d1_224",
-}
-SWEEP = {
-    *REFUSED,
-    "caformer_s18",
-    "cait_xxs24_224",
-    "coat_lite_tiny",
-    "convit_tiny",
-    "convnextv2_atto",
-    "densenet121",
-    "dla34",
-    "edgenext_xx_small",
-    "efficientnet_b0",
-    "efficientvit_b0",
-    "efficientvit_m0",
-    "eva02_tiny_patch14_224",
-    "fastvit_t8",
-    "ghostnet_100",
-    "gmlp_ti16_224",
-    "hgnetv2_b0",
-    "hrnet_w18_small",
-    "inception_next_atto",
-    "lcnet_050",
-    "mambaout_femto",
-    "mixer_s32_224",
-    "mobilenetv3_small_050",
-    "mobilenetv4_conv_small",
-    "mobileone_s0",
-    "mobilevit_xxs",
-    "mvitv2_tiny",
-    "pit_ti_224",
-    "poolformer_s12",
-    "pvt_v2_b0",
-    "regnetx_002",
-    "resmlp_12_224",
-    "resnet18",
-    "rexnet_100",
-    "sequencer2d_s",
-    "shvit_s1",
-    "starnet_s1",
-    "swinv2_cr_tiny_224",
-    "test_coatnet",
-    "test_efficientnet",
-    "test_maxvit",
-    "test_nfnet",
-    "tiny_vit_5m_224",
-    "tnt_s_legacy_patch16_224",
-    "twins_svt_small",
-    "vitamin_small_224",
-    "xcit_nano_12_p16_224",
-}
-CONVOLUTIONAL = {"dla34"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SWEEP))
-def test_pre_logits_works_or_is_refused_with_a_way_out(name: str) -> None:
-    model = build(name)
-    sample = images(2, model.default_cfg["input_size"][-1])
-    if name in REFUSED:
-        with pytest.raises(TapError, match=r"its classifier is \w+.*Use 'stage:-2'"):
-            Tap(model, "pre_logits", sample)
-        return
-    tap = Tap(model, "pre_logits", sample)
-    reading = tap.read([(sample, torch.tensor([0, 1]))], max_rows=10, seed=0)
-    assert reading.rows.shape == (2, 1, tap.channels)
-    assert (tap.classifier is None) == (name in CONVOLUTIONAL)
-    if tap.classifier is not None:
-        with isolated(model):
-            logits = tap.classifier(reading.rows[:, 0])
-        torch.testing.assert_close(logits, reading.logits, rtol=0, atol=0)
