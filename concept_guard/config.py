@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_serializer
 
@@ -89,6 +89,10 @@ def _parse_tap(value: object) -> object:
 _Schedule = Annotated[int | str, BeforeValidator(_parse_schedule)]
 
 
+Interval = Literal["start", "every", "track_every", "ramp"]
+INTERVALS: tuple[Interval, ...] = get_args(Interval)
+
+
 class GuardConfig(StrictModel):
     """Settings of one `ConceptGuard`; frozen, strict, unknown keys are refused.
 
@@ -145,7 +149,7 @@ class GuardConfig(StrictModel):
     def _write_action(self, action: tuple[str, ...]) -> str | list[str]:
         return list(action) or "observe"
 
-    def updates(self, name: Literal["start", "every", "track_every", "ramp"]) -> int:
+    def updates(self, name: Interval) -> int:
         """Return a schedule as a number of optimizer updates.
 
         Args:
@@ -169,9 +173,7 @@ class GuardConfig(StrictModel):
 
     def check_schedules(self) -> None:
         """Raise the `ConfigError` of a schedule that is no number of updates, if there is one."""
-        names: tuple[Literal["start", "every", "track_every", "ramp"], ...]
-        names = ("start", "every", "track_every", "ramp")
-        for name in names:
+        for name in INTERVALS:
             self.updates(name)
 
     @classmethod

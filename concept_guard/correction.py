@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from concept_guard.directions import Subspace
 from concept_guard.errors import BakeError
-from concept_guard.ranks import Ranks
+from concept_guard.ranks import ALONE, Ranks
 from concept_guard.tracking import Tracked
 
 LARGEST_WEIGHT = 5.0  # larger ones destroyed training (0.04 instead of 0.76 on unmarked digits)
@@ -172,15 +172,15 @@ class GroupCounts:
     """How many training samples of each class carry each tracked concept, with a fading memory.
 
     Args:
-        ranks: The processes that train; None for this one alone.
+        ranks: The processes that train.
 
     Attributes:
         counts: Concept id to `(M, 2)` float64 counts, absent and present, on the CPU.
     """
 
-    def __init__(self, ranks: Ranks | None = None) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.counts: dict[int, Tensor] = {}
-        self._ranks = Ranks(alone=True) if ranks is None else ranks
+        self._ranks = ranks
 
     def start(self, concept: int, labels: Tensor, carried: Tensor, num_classes: int) -> None:
         """Begin to count a concept with its shares on the probe.

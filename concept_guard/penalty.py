@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from concept_guard.config import GuardConfig
 from concept_guard.directions import Subspace
 from concept_guard.erasure import Erasure
-from concept_guard.ranks import Ranks
+from concept_guard.ranks import ALONE, Ranks
 from concept_guard.taps import Tap
 
 MOST = 8.0  # of the multiplier
@@ -153,7 +153,7 @@ class Penalty:
         tap: Where rows are read.
         erasure: Holds the subspace of the concepts.
         config: Settings of the guard; nothing is held down unless `penalize` is an action.
-        ranks: The processes that train, whose batches count as one; None for this one alone.
+        ranks: The processes that train, whose batches count as one.
 
     Attributes:
         share: Of the variance of the logits, as the last batches had it; 0 before the first.
@@ -162,10 +162,10 @@ class Penalty:
     """
 
     def __init__(
-        self, tap: Tap, erasure: Erasure, config: GuardConfig, ranks: Ranks | None = None
+        self, tap: Tap, erasure: Erasure, config: GuardConfig, ranks: Ranks = ALONE
     ) -> None:
         self._tap, self._erasure, self._config = tap, erasure, config
-        self._ranks = Ranks(alone=True) if ranks is None else ranks
+        self._ranks = ranks
         self._concepts: set[int] = set()
         self._begin(0.0)
         self.share = self.excess = self.multiplier = 0.0

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from concept_guard.errors import ProbeError
-from concept_guard.ranks import Ranks
+from concept_guard.ranks import ALONE, Ranks
 from concept_guard.reading import checked_pair
 
 Opening = list[tuple[Tensor, Tensor]]  # the first batches
@@ -98,12 +98,12 @@ class Batches:
     """
 
     def __init__(
-        self, source: Iterable[Any], seed: int, *, own: bool = False, ranks: Ranks | None = None
+        self, source: Iterable[Any], seed: int, *, own: bool = False, ranks: Ranks = ALONE
     ) -> None:
         self._source = source
         self._seed = seed
         self._own = own
-        self.ranks = Ranks(alone=True) if ranks is None else ranks
+        self.ranks = ranks
 
     @property
     def alone(self) -> "Batches":
@@ -140,7 +140,7 @@ class Batches:
             order, each = list(self._source.sampler), self._source.batch_size or 1
             starts = range(rank * each, len(order), size * each)
             mine = [index for start in starts for index in order[start : start + each]]
-            share = Batches(_reordered(self._source, mine, self._seed), self._seed)
+            share = Batches(reordered(self._source, mine, self._seed), self._seed)
             yield from zip(starts, share, strict=True)
             return
         for number, (start, batch) in enumerate(counted(self)):
@@ -158,7 +158,7 @@ class Batches:
         """
         source, seed = self._source, self._seed + shift
         if isinstance(source, DataLoader) and self._own:
-            source = _reordered(source, list(islice(source.sampler, OPENING)), seed)
+            source = reordered(source, list(islice(source.sampler, OPENING)), seed)
         found: Opening = []
         for batch in Batches(source, seed):
             found.append(checked_pair(batch, sum(len(labels) for _, labels in found)))
@@ -173,7 +173,7 @@ class Batches:
             node = getattr(node, "loader", None)
         if node is None or node.batch_size is None or not hasattr(node.dataset, "__getitem__"):
             return None
-        loader = _reordered(node, range(len(node.dataset)), self._seed)  # type: ignore[arg-type]
+        loader = reordered(node, range(len(node.dataset)), self._seed)  # type: ignore[arg-type]
         return Batches(loader, self._seed, own=True)
 
     def only(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,7 +188,7 @@ class Batches:
         if isinstance(self._source, DataLoader) and self._own:
             order = list(self._source.sampler)
             chosen = [order[index] for index in indices]
-            yield from Batches(_reordered(self._source, chosen, self._seed), self._seed)
+            yield from Batches(reordered(self._source, chosen, self._seed), self._seed)
             return
         wanted, start = torch.tensor(indices), 0
         for batch in self:
@@ -214,7 +214,7 @@ def counted(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         start += len(checked_pair(batch, start)[1])
 
 
-def probe_batches(probe: Iterable[Any], seed: int, ranks: Ranks | None = None) -> Batches:
+def probe_batches(probe: Iterable[Any], seed: int, ranks: Ranks = ALONE) -> Batches:
     """Return the batches of `probe`, the same on every pass, without side effects.
 
     A plain map-style `DataLoader` is read through an own loader in the order of its dataset, so
@@ -223,7 +223,7 @@ def probe_batches(probe: Iterable[Any], seed: int, ranks: Ranks | None = None) -
     Args:
         probe: Held-out `(images, labels)` batches that can be iterated many times.
         seed: Of the random numbers that dataset, workers or sampler draw during a pass.
-        ranks: The processes among which the batches are dealt out; None for this one alone.
+        ranks: The processes among which the batches are dealt out.
 
     Returns:
         An iterable; passes over it change neither `probe` nor the global random state.
@@ -290,11 +290,20 @@ def _own_loader(probe: Iterable[Any], seed: int) -> DataLoader[Any] | None:
         order = range(len(probe.dataset))  # type: ignore[arg-type]
     else:
         return None
-    return _reordered(probe, order, seed)
+    return reordered(probe, order, seed)
 
 
-def _reordered(loader: DataLoader[Any], order: Iterable[int], seed: int) -> DataLoader[Any]:
-    """Return a loader like `loader` that takes the items of its dataset in the given order."""
+def reordered(loader: DataLoader[Any], order: Iterable[int], seed: int) -> DataLoader[Any]:
+    """Return a loader like another one that takes the items of its dataset in a given order.
+
+    Args:
+        loader: Over a map-style dataset.
+        order: Of positions in it.
+        seed: Of its own generator.
+
+    Returns:
+        A new loader.
+    """
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,

@@ -244,6 +244,9 @@ class Ranks:
         self._group, self.rank, self.size, self._alone = None, 0, 1, True
 
 
+ALONE = Ranks(alone=True)
+
+
 def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
     with torch.no_grad():
         for buffer, value in zip(buffers, values, strict=True):

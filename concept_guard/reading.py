@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from concept_guard.errors import ProbeError
-from concept_guard.ranks import Ranks
+from concept_guard.ranks import ALONE, Ranks
 
 _LISTED = 10  # offenders spelled out in one message
 
@@ -78,7 +78,7 @@ def _not_a_pair(batch: object) -> str:
     return f"{type(batch).__name__}, {expected}; wrap the loader so that it yields just these two"
 
 
-def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks | None = None) -> Tensor:
+def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks = ALONE) -> Tensor:
     """Refuse a probe that cannot be counted, in one pass over its labels.
 
     One `ProbeError` names every fault: no image, labels outside `[0, M)`, classes without image;
@@ -87,7 +87,7 @@ def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks | None =
     Args:
         batches: The probe, best as `probe_batches` returns it.
         num_classes: Number of logits of the model, M.
-        ranks: The processes that are to have the same probe; None for this one alone.
+        ranks: The processes that are to have the same probe.
 
     Returns:
         `(N,)` the labels of all images.
@@ -95,8 +95,7 @@ def check_labels(batches: Iterable[Any], num_classes: int, ranks: Ranks | None =
     labels: list[Tensor] = []
     for batch in batches:
         labels.append(checked_pair(batch, sum(map(len, labels)))[1].cpu())
-    if ranks is not None:
-        ranks.check_alike(labels)
+    ranks.check_alike(labels)
     check_counts(labels, num_classes, every_class=True)
     return torch.cat(labels)
 

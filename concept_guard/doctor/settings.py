@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from concept_guard.config import GuardConfig, read_yaml
+from concept_guard.config import INTERVALS, GuardConfig, Interval, read_yaml
 from concept_guard.doctor.report import Problem
 from concept_guard.errors import ConfigError
-
-_SCHEDULES = ("start", "every", "track_every", "ramp")
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ def settled(
     except ConfigError as error:
         problems = offenders("settings", error)
         settings = _what_is_right(config)
-    for name in _SCHEDULES:
+    for name in INTERVALS:
         try:
-            settings.updates(name)  # type: ignore[arg-type]
+            settings.updates(name)
         except ConfigError as error:
             problems.append(Problem.of("settings", error))
     return settings, problems
@@ -159,9 +157,7 @@ def timing(settings: GuardConfig, loop: Loop) -> Iterator[Problem]:
         )
 
 
-def in_updates(
-    settings: GuardConfig, name: Literal["start", "every", "track_every", "ramp"]
-) -> int | None:
+def in_updates(settings: GuardConfig, name: Interval) -> int | None:
     """Return a schedule in updates; None if it is in epochs of unknown length."""
     try:
         return settings.updates(name)

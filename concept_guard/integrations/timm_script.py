@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from concept_guard.errors import ConfigError
 from concept_guard.integrations.held_out import warn_if_trained_on
 from concept_guard.integrations.timm_task import ConceptGuardTask
-from concept_guard.probe import is_share
+from concept_guard.probe import is_share, reordered
 
 VARIABLE = "CONCEPT_GUARD_CONFIG"
 KEY = "concept_guard"
@@ -76,14 +76,7 @@ def undivided(loader: Any) -> Any:
     inner = getattr(loader, "loader", loader)
     if not isinstance(inner, DataLoader) or not is_share(inner.sampler):
         return loader
-    new = DataLoader(
-        inner.dataset,
-        batch_size=inner.batch_size,
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        pin_memory=inner.pin_memory,
-        worker_init_fn=inner.worker_init_fn,
-    )
+    new = reordered(inner, range(len(inner.dataset)), seed=0)  # type: ignore[arg-type]
     if inner is loader:
         return new
     prefetching = copy.copy(loader)
