@@ -16,25 +16,32 @@ The stages, in the order of the data flow:
     baking       what was corrected becomes the model's own weights, or those of a copy
     decisions    what people approve and veto, from Python and from the command line
     logs         records, cards, TensorBoard
-    doctor       what would keep all this from working, found before the training
+    examination  what would keep all this from working, found before the training
+
+Names are imported when they are first used: TensorBoard, which asks this package for its tab, must
+not wait for torch.
 """
 
-from concept_guard.changes import Change
-from concept_guard.config import GuardConfig
-from concept_guard.directions import Concept, DirectionPairs, Schedule, descend_pairs, fit_pairs
-from concept_guard.doctor import DoctorReport, Loop, Problem, doctor
-from concept_guard.errors import (
-    BakeError,
-    ConceptGuardError,
-    ConfigError,
-    ProbeError,
-    StateError,
-    TapError,
-)
-from concept_guard.explanation import Explanation
-from concept_guard.flags import Flag
-from concept_guard.guard import ConceptGuard
-from concept_guard.records import RoundReport
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concept_guard.changes import Change
+    from concept_guard.config import GuardConfig
+    from concept_guard.directions import Concept, DirectionPairs, Schedule, descend_pairs, fit_pairs
+    from concept_guard.errors import (
+        BakeError,
+        ConceptGuardError,
+        ConfigError,
+        ProbeError,
+        StateError,
+        TapError,
+    )
+    from concept_guard.examination import DoctorReport, Loop, Problem, doctor
+    from concept_guard.explanation import Explanation
+    from concept_guard.flags import Flag
+    from concept_guard.guard import ConceptGuard
+    from concept_guard.records import RoundReport
 
 __version__ = "0.1.0"
 
@@ -61,3 +68,35 @@ __all__ = [
     "doctor",
     "fit_pairs",
 ]
+
+_STAGES = {
+    "changes": ("Change",),
+    "config": ("GuardConfig",),
+    "directions": ("Concept", "DirectionPairs", "Schedule", "descend_pairs", "fit_pairs"),
+    "errors": (
+        "BakeError",
+        "ConceptGuardError",
+        "ConfigError",
+        "ProbeError",
+        "StateError",
+        "TapError",
+    ),
+    "examination": ("DoctorReport", "Loop", "Problem", "doctor"),
+    "explanation": ("Explanation",),
+    "flags": ("Flag",),
+    "guard": ("ConceptGuard",),
+    "records": ("RoundReport",),
+}
+_STAGE_OF = {name: stage for stage, names in _STAGES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _STAGE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_STAGE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

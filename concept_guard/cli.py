@@ -207,7 +207,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if source is None and not options.env:
         raise ConfigError("doctor: nothing to examine; name a timm model, a recipe or train.py")
     if options.env:
-        from concept_guard.doctor import environment  # heavy: torch
+        from concept_guard.examination import environment  # heavy: torch
 
         sys.stdout.write(f"{environment()}\n")
     if source is None:

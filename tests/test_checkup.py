@@ -14,7 +14,7 @@ from concept_guard import ConfigError, DoctorReport, cli
 from concept_guard.checkup import running
 from concept_guard.checkup.arguments import asked, of_script
 from concept_guard.checkup.cases import case_of
-from concept_guard.doctor import Loop
+from concept_guard.examination import Loop
 from concept_guard.integrations.timm_script import VARIABLE
 
 RECIPES = Path(__file__).parents[1] / "recipes"

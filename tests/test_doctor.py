@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worlds import CLASSES, PROBE, QUICK, net, world
 
 from concept_guard import ConceptGuard, DoctorReport, GuardConfig, Loop, Problem, doctor
-from concept_guard.doctor import Cost, Ratio, cost, examination, place
+from concept_guard.examination import Cost, Ratio, cost, examination, place
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 IMAGES, LABELS = world(PROBE, 40).images[:8], world(PROBE, 40).labels[:8]

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import concept_guard
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "concept_guard"
 
 # A module may import only from the rows above its own; same-row imports are forbidden.
 LAYERS = [
-    {"errors", "clock", "ids", "decisions", "sharding"},
+    {"errors", "clock", "ids", "decisions", "sharding", "entries"},
     {"ranks"},
     {"strict", "reading", "deciding"},
     {"config"},
@@ -32,16 +35,16 @@ LAYERS = [
     {"trial"},
     {"rounds"},
     {"records", "cards", "measures", "localisation", "wiring"},
-    {"explanation", "health"},
+    {"explanation", "health", "history", "events"},
     {"logs", "state", "tail", "references"},
     {"corrector", "last_round", "leaks"},
     {"reporting", "sampling"},
     {"watch", "rebalancing"},
     {"acts"},
     {"schedule"},
-    {"doctor"},
+    {"examination"},
     {"guard", "report"},
-    {"diagnosis", "integrations"},
+    {"diagnosis", "integrations", "board", "showing"},
     {"training"},
     {"audit", "checkup"},
     {"cli"},
@@ -72,7 +75,8 @@ TOP_LEVEL = {
     "recipes",
     "benchmarks",
 }
-SLOW_TO_IMPORT = ["timm", "tensorboard", "sklearn"]
+SLOW_TO_IMPORT = ["timm", "tensorboard", "sklearn", "torch", "scipy", "numpy", "pydantic"]
+FOR_TENSORBOARD = ["entries", "history"]
 HOOK = re.compile(r"register_(module_)?(forward|backward|full_backward)\w*hook|register_hook")
 
 
@@ -83,7 +87,7 @@ def parse(path: Path) -> ast.Module:
 def front_door() -> dict[str, str]:
     """Return public name -> stage that it comes from, as `__init__` imports it."""
     names = {"__version__": "errors"}
-    for node in parse(PACKAGE / "__init__.py").body:
+    for node in ast.walk(parse(PACKAGE / "__init__.py")):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("concept_guard."):
             stage = (node.module or "").split(".")[1]
             names |= {alias.asname or alias.name: stage for alias in node.names}
@@ -147,7 +151,7 @@ def test_an_upward_import_is_found(line: str, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["directions", "diagnosis", "doctor", "training", "audit", "checkup"]
+    "folder", ["directions", "diagnosis", "examination", "training", "audit", "checkup"]
 )
 def test_the_files_of_a_stage_do_not_import_each_other_in_a_circle(folder: str) -> None:
     graph = {
@@ -175,7 +179,24 @@ def test_the_front_door_only_re_exports() -> None:
         for node in parse(PACKAGE / "__init__.py").body
         if not isinstance(node, allowed)
     ]
-    assert not extra, extra
+    lazy = [
+        "if TYPE_CHECKING:",
+        "def __getattr__(name: str) -> object:",
+        "def __dir__() -> list[str]:",
+    ]
+    assert extra == lazy, extra
+
+
+def test_the_front_door_is_the_same_for_type_checkers_and_at_run_time() -> None:
+    said = {name: stage for name, stage in front_door().items() if name != "__version__"}
+    assert said == concept_guard._STAGE_OF
+    assert sorted(said) == concept_guard.__all__
+    assert {*concept_guard.__all__} <= {*dir(concept_guard)}
+    for name, stage in said.items():
+        home = import_module(f"concept_guard.{stage}")
+        assert getattr(concept_guard, name) is getattr(home, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = concept_guard.nothing
 
 
 def hook_makers(source: str) -> set[str]:
@@ -271,7 +292,18 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_the_package_is_light() -> None:
     assert loaded_by("import concept_guard") == set()
+    assert loaded_by("from concept_guard import ConceptGuard") <= {
+        "torch",
+        "scipy",
+        "numpy",
+        "pydantic",
+    }
     assert loaded_by("import tensorboard") == {"tensorboard"}  # control
+
+
+def test_what_tensorboard_loads_at_its_start_does_not_load_torch() -> None:
+    modules = ", ".join(f"concept_guard.{name}" for name in FOR_TENSORBOARD)
+    assert not loaded_by(f"import {modules}") & {"torch", "timm", "numpy", "scipy"}
 
 
 def test_the_top_level_holds_nothing_unplanned() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from concept_guard.checkup.arguments import Arguments, asked, guard_of, of_script
 from concept_guard.checkup.script import against, images_in
 from concept_guard.config import GuardConfig, read_yaml
-from concept_guard.doctor import Loop, Problem, offenders, settled
 from concept_guard.errors import ConfigError
+from concept_guard.examination import Loop, Problem, offenders, settled
 from concept_guard.integrations.timm_script import KEY, settings
 from concept_guard.training.building import REFUSALS, build_model, first_lines
 from concept_guard.training.overrides import override

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 
 from concept_guard.checkup.cases import case_of
-from concept_guard.doctor import SECONDS, DoctorReport, doctor, settled, timing
+from concept_guard.examination import SECONDS, DoctorReport, doctor, settled, timing
 
 _logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from concept_guard.checkup.arguments import Arguments
-from concept_guard.doctor import Problem
 from concept_guard.errors import ProbeError
+from concept_guard.examination import Problem
 from concept_guard.integrations.timm_script import KEY
 from concept_guard.reading import check_counts
 

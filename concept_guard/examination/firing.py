@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from concept_guard.correction import Projection
-from concept_guard.doctor.report import Problem
-from concept_guard.doctor.settings import Loop
-from concept_guard.doctor.switches import autocast, fresh_graphs, steady
 from concept_guard.errors import TapError
+from concept_guard.examination.report import Problem
+from concept_guard.examination.settings import Loop
+from concept_guard.examination.switches import autocast, fresh_graphs, steady
 from concept_guard.taps import Tap
 
 CLOSE = {None: 0.05, "bfloat16": 0.5, "float16": 0.5}  # difference that precisions may leave

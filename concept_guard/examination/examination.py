@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from concept_guard.config import GuardConfig
-from concept_guard.doctor import opening, place
-from concept_guard.doctor.cost import Bench
-from concept_guard.doctor.firing import Firing
-from concept_guard.doctor.report import Cost, DoctorReport, Problem
-from concept_guard.doctor.settings import Loop, settled, timing
-from concept_guard.doctor.switches import switched
 from concept_guard.errors import TapError
+from concept_guard.examination import opening, place
+from concept_guard.examination.cost import Bench
+from concept_guard.examination.firing import Firing
+from concept_guard.examination.report import Cost, DoctorReport, Problem
+from concept_guard.examination.settings import Loop, settled, timing
+from concept_guard.examination.switches import switched
 from concept_guard.hooks import refuse_second, stripped
 from concept_guard.probe import random_state_kept
 from concept_guard.sites import refuse_fixed_around

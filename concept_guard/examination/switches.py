@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from concept_guard.doctor.report import Problem
-from concept_guard.doctor.settings import Loop
+from concept_guard.examination.report import Problem
+from concept_guard.examination.settings import Loop
 
 _DROPS = ("p", "prob", "drop_prob", "drop_rate", "dropout")  # attributes with a share to drop
 

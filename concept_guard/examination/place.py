@@ -14,10 +14,10 @@ from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.correction import check_bakeable
-from concept_guard.doctor.cost import PROBE_IMAGES
-from concept_guard.doctor.report import Cost, Problem
-from concept_guard.doctor.settings import Loop, in_updates
 from concept_guard.errors import BakeError
+from concept_guard.examination.cost import PROBE_IMAGES
+from concept_guard.examination.report import Cost, Problem
+from concept_guard.examination.settings import Loop, in_updates
 from concept_guard.taps import Tap
 
 _DEAR, _FAIR = 0.3, 0.1  # shares of the training time: to speak of, and to propose

@@ -9,10 +9,10 @@ examination  all of it, in order
 environment  versions and devices, for reports of faults
 """
 
-from concept_guard.doctor.environment import environment
-from concept_guard.doctor.examination import SECONDS, doctor
-from concept_guard.doctor.report import Cost, DoctorReport, Problem, Ratio
-from concept_guard.doctor.settings import Loop, offenders, settled, timing
+from concept_guard.examination.environment import environment
+from concept_guard.examination.examination import SECONDS, doctor
+from concept_guard.examination.report import Cost, DoctorReport, Problem, Ratio
+from concept_guard.examination.settings import Loop, offenders, settled, timing
 
 __all__ = [
     "SECONDS",

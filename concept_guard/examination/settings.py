@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from concept_guard.config import INTERVALS, GuardConfig, Interval, read_yaml
-from concept_guard.doctor.report import Problem
 from concept_guard.errors import ConfigError
+from concept_guard.examination.report import Problem
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
-from concept_guard.doctor.report import Cost, Ratio
-from concept_guard.doctor.settings import Loop, in_updates
-from concept_guard.doctor.switches import autocast
+from concept_guard.examination.report import Cost, Ratio
+from concept_guard.examination.settings import Loop, in_updates
+from concept_guard.examination.switches import autocast
 from concept_guard.health import Health
 from concept_guard.influence import Tail
 from concept_guard.probe import probe_batches
