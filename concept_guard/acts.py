@@ -11,8 +11,9 @@ from concept_guard import reporting
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.decisions import Channel, Decision, Stage
+from concept_guard.entries import ActName
 from concept_guard.ids import known, listed
-from concept_guard.logs import EventLog
+from concept_guard.logs import Act, EventLog
 from concept_guard.watch import Watch
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Acts:
         wanted = listed(ids)
         done = self._acts[act](wanted, step)
         said = f"{act} {', '.join(map(str, wanted))}"
-        self._log.act(step, said if done else f"{said}: {_NOT_FINITE}")
+        self._log.act(step, _of_person(act, wanted, said, "" if done else _NOT_FINITE))
 
     def heed(self, step: int) -> None:
         """Carry out what was decided on the command line; what cannot be done is a warning.
@@ -77,7 +78,7 @@ class Acts:
                 problem = "" if done else _NOT_FINITE
             except Exception as error:  # whatever it is, it must not end the user's training
                 problem = str(error)
-            self._log.act(step, f"{said}: not done: {problem}" if problem else said)
+            self._log.act(step, _of_person(decision.act, decision.ids, said, problem))
             if not problem:
                 _logger.info("update %d, guard: %s", step, said)
             else:
@@ -161,3 +162,11 @@ class Acts:
     def _known(self, ids: list[int]) -> list[int]:
         there = {*self._watch.last.ids, *self._under_correction()}
         return known(ids, there, "among those of the last round (guard.report.concepts)")
+
+
+def _of_person(name: str, ids: Iterable[int], said: str, problem: str) -> Act:
+    """Return what a person did, or what could not be done for which reason."""
+    if problem:
+        return Act("not_done", tuple(ids), f"{said}: not done: {problem}", "person")
+    names: dict[str, ActName] = {"erase": "erase", "restore": "restore", "veto": "veto"}
+    return Act(names.get(name, "approve"), tuple(ids), said, "person")

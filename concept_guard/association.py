@@ -6,8 +6,8 @@ Nothing here knows how concepts were found, what causes the errors, or what will
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.stats import binom, false_discovery_control, hypergeom, norm
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -82,7 +82,7 @@ def associate(present: Tensor, predicted: Tensor, labels: Tensor, num_classes: i
     p_value, informative = _exact(*errors, n1, count)
     q_value = np.ones_like(p_value)
     if informative.any():
-        q_value[informative] = false_discovery_control(p_value[informative])
+        q_value[informative] = scipy.stats.false_discovery_control(p_value[informative])
     of_others = (n1.sum(dim=0) - n1).long()
     p, q = torch.from_numpy(p_value), torch.from_numpy(q_value)
     return Association(*(t.T.contiguous() for t in (*found, p, q, of_others)))
@@ -156,7 +156,7 @@ def _of_others(values: Tensor) -> Tensor:
 
 def _wilson(rate: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ends of Wilson's interval of a rate seen on so many images."""
-    z2 = float(norm.ppf(0.5 + 0.5 * CONFIDENCE)) ** 2
+    z2 = float(scipy.stats.norm.ppf(0.5 + 0.5 * CONFIDENCE)) ** 2
     size = size.clamp_min(1e-9)
     centre = (rate + z2 / (2 * size)) / (1 + z2 / size)
     spread = z2 * (rate * (1 - rate) / size).clamp_min(0) + (z2 / (2 * size)).square()
@@ -182,7 +182,7 @@ def _exact(
         chance = np.ones((concepts, 1))
         for c in np.flatnonzero(cells[:, k]):
             errors = np.arange(cells[c, k] + 1)
-            here = hypergeom.pmf(errors, sizes[c], carriers[c][:, None], errors[-1])
+            here = scipy.stats.hypergeom.pmf(errors, sizes[c], carriers[c][:, None], errors[-1])
             chance = _convolved(chance, here)
             informative[k] |= (carriers[c] > 0) & (carriers[c] < sizes[c])
         tail = chance[:, ::-1].cumsum(axis=1)[:, ::-1]  # P(at least so many)
@@ -254,6 +254,8 @@ def _passing(
     """Return per class whether errors on all carriers pass the test, and the power."""
     hits = np.arange(carriers + 1)[:, None]
     mistaken = np.minimum(errors + hits, others)
-    passed = hypergeom.sf(hits - 1, others, mistaken, np.minimum(carriers, others)) <= level
+    passed = (
+        scipy.stats.hypergeom.sf(hits - 1, others, mistaken, np.minimum(carriers, others)) <= level
+    )
     rate = PULL + (1 - PULL) * errors / np.maximum(others, 1)
-    return passed[-1], (binom.pmf(hits, carriers, rate) * passed).sum(axis=0)
+    return passed[-1], (scipy.stats.binom.pmf(hits, carriers, rate) * passed).sum(axis=0)

@@ -4,8 +4,10 @@ Nothing here knows about TensorBoard, the model, or how the images were chosen.
 """
 
 from dataclasses import dataclass
+from io import BytesIO
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +19,8 @@ _PAPER = 1.0
 _RIGHT, _WRONG, _OUTLINE = (0.8, 0.8, 0.8), (0.9, 0.1, 0.1), (1.0, 0.85, 0.0)
 _INSIDE = 0.5  # from this map value on a pixel counts as the concept's location
 _DIMMED = 0.35  # brightness that is left where the concept is absent
+_TEXT, _LINE, _MOST_LETTERS = 13, 20, 110  # pixels; a caption fits the width of eight images
+_QUALITIES = (80, 50, 25, 10)  # of a JPEG; the first that is small enough is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,10 @@ class Card:
         maps: `(n, h, w)` how strongly the concept is present at each place, in `[0, 1]`; the
             place is drawn where the map reaches one half. A `1 x 1` map has no place to draw.
         wrong: Whether each image is misclassified, for the colour of its frame; empty if unknown.
+        errors: `(m, 3, h, w)` misclassified probe images that the concept drives, in `[0, 1]`; a
+            card draws the first eight. None where there are none to show.
+        of: Probe indices of the images; empty if unknown.
+        of_errors: Probe indices of the errors.
 
     Raises:
         ValueError: If the shapes do not belong together, or there is no image.
@@ -37,6 +45,9 @@ class Card:
     images: Tensor
     maps: Tensor
     wrong: tuple[bool, ...] = ()
+    errors: Tensor | None = None
+    of: tuple[int, ...] = ()
+    of_errors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         images, maps, wrong = tuple(self.images.shape), tuple(self.maps.shape), len(self.wrong)
@@ -52,6 +63,11 @@ class Card:
                 f"card with images {images}, maps {maps} and {wrong} marks of wrong images: "
                 "expected images (n, 3, H, W) with n >= 1, maps (n, h, w), and n marks or none. "
                 "Leave out the concept if it has no image."
+            )
+        if self.errors is not None and (self.errors.ndim != 4 or 0 in self.errors.shape):
+            raise ValueError(
+                f"card with errors {tuple(self.errors.shape)}: expected images (m, 3, H, W) with "
+                "m >= 1. Leave them out if there are none."
             )
 
 
@@ -74,14 +90,16 @@ def displayable(images: Tensor) -> Tensor:
     return (pixels - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def card_image(card: Card) -> Tensor:
+def card_image(card: Card, caption: str = "") -> Tensor:
     """Draw the card: a row of images and, below each, the same image with the concept marked.
 
-    In the lower row everything outside the concept's location is dark and grey, and a yellow
-    line runs around it. Misclassified images have a red frame.
+    In the second row everything outside the concept's location is dark and grey, and a yellow
+    line runs around it. Misclassified images have a red frame. Below stand errors that the
+    concept drives.
 
     Args:
         card: What to draw.
+        caption: One line above; empty for none.
 
     Returns:
         `(3, height, width)` float32 in `[0, 1]`, at most 852 pixels wide.
@@ -92,9 +110,42 @@ def card_image(card: Card) -> Tensor:
     if maps[0].numel() > 1:
         rows.append(_marked(images, maps))
     wrong = card.wrong[:TILES] or (False,) * len(images)
-    strips = [_strip(_framed(row, wrong)) for row in rows]
-    sheet = torch.cat(strips, dim=1)
+    parts = [_strip(_framed(row, wrong)) for row in rows]
+    if card.errors is not None:
+        errors = _sized(card.errors[:TILES].detach().to("cpu", torch.float32), TILE_PIXELS)
+        parts += [_line("errors that it drives:"), _strip(_framed(errors, (True,) * len(errors)))]
+    if caption:
+        parts.insert(0, _line(caption))
+    width = max(part.shape[2] for part in parts)
+    sheet = torch.cat([_widened(part, width) for part in parts], dim=1)
     return functional.pad(sheet, (_GAP, 0, _GAP, 0), value=_PAPER)
+
+
+def encoded(sheet: Tensor, most_bytes: int) -> bytes:
+    """Return a drawing as a JPEG file that is small enough.
+
+    Args:
+        sheet: `(3, H, W)` in `[0, 1]`.
+        most_bytes: Size that the file must not have beyond; first the quality is lowered for it,
+            then the drawing is made smaller.
+
+    Returns:
+        The file.
+    """
+    pixels = (255 * sheet.clamp(0.0, 1.0)).round().to(torch.uint8).permute(1, 2, 0)
+    image = Image.fromarray(pixels.contiguous().numpy())
+    while True:
+        for quality in _QUALITIES:
+            file = _jpeg(image, quality)
+            if len(file) <= most_bytes or max(image.size) <= TILES:
+                return file
+        image = image.reduce(2)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    file = BytesIO()
+    image.save(file, format="JPEG", quality=quality)
+    return file.getvalue()
 
 
 def picture(image: Tensor) -> Tensor:
@@ -159,3 +210,20 @@ def _strip(tiles: Tensor) -> Tensor:
     """Return `(n, 3, h, w)` tiles side by side, with a gap to the right and below of each."""
     tiles = functional.pad(tiles, (0, _GAP, 0, _GAP), value=_PAPER)
     return torch.cat(tuple(tiles), dim=2)
+
+
+def _line(words: str) -> Tensor:
+    """Return a line of text; letters that the font does not have are boxes."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in words)
+    if len(shown) > _MOST_LETTERS:
+        shown = f"{shown[: _MOST_LETTERS - 1]}\u2026"
+    font = ImageFont.load_default(_TEXT)
+    width = max(1, round(font.getlength(shown)))
+    image = Image.new("L", (min(width, TILES * (TILE_PIXELS + 2 * _FRAME + _GAP)), _LINE), 255)
+    ImageDraw.Draw(image).text((0, 1), shown, font=font, fill=0)
+    grey = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return grey.view(1, _LINE, -1).expand(3, -1, -1).float() / 255
+
+
+def _widened(part: Tensor, width: int) -> Tensor:
+    return functional.pad(part, (0, width - part.shape[2]), value=_PAPER)

@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls one function, and turns errors into messages.
+"""The command line: calls one function per command, and turns errors into messages.
 
 Nothing here knows how training or the guard works.
 """
@@ -12,13 +12,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 
-from concept_guard.deciding import MEANING, decide, invitation, left_waiting
+from concept_guard.commands import FAILED, MISUSED, OK, STOPPED, parser
+from concept_guard.deciding import decide, invitation, left_waiting
 from concept_guard.decisions import ACTS
 from concept_guard.errors import ConceptGuardError, ConfigError
 
-OK, FAILED, MISUSED, STOPPED = 0, 1, 2, 130
 _RESUMING = ("experiment", "resume")
 
 
@@ -29,16 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; default: those of this process.
 
     Returns:
-        The exit code: 0, 1 where the run failed or the doctor found what stops the guard, 2 where
-        the recipe or the command is wrong, 130 after Ctrl-C.
+        The exit code, see `commands.EXIT_CODES`.
     """
     options = _parsed(arguments)
     try:
-        with _progress_on_stderr():
+        with _progress_on_stderr(quiet=getattr(options, "quiet", False)):
             if options.command == "audit":
                 return _audit(options.source, options.data, options.overrides)
             if options.command == "doctor":
                 return _doctor(options)
+            if options.command == "report":
+                return _report(options.run, options.other, options.output)
             if options.command in ACTS:
                 return _decide(options.run, options.command, options.ids)
             return _run(options.recipe, options.overrides)
@@ -52,107 +52,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; argparse itself leaves key=value behind an option unread."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    read = parser()
+    options, rest = read.parse_known_args(arguments)
     takes_more = "overrides" in options
     wrong = [w for w in rest if w.startswith("-") or "=" not in w or not takes_more]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        read.error(f"unrecognized arguments: {' '.join(wrong)}")
     if takes_more:
         options.overrides = [*options.overrides, *rest]
+    if options.command == "doctor":
+        _take_flags(options)
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="concept-guard",
-        description="Train timm classifiers with a guard against shortcuts in the data, debug what "
-        "trained ones get wrong, and find beforehand what would keep the guard from working.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    run = commands.add_parser(
-        "run",
-        help="train what a recipe describes",
-        description="Train what a recipe describes; write checkpoint, events and report.",
-        epilog="example: concept-guard run recipes/quickstart.yaml seed=1 guard.alpha=0.01",
-    )
-    run.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, see recipes/README.md")
-    run.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the recipe")
-    audit = commands.add_parser(
-        "audit",
-        help="debug the misclassifications of a trained model",
-        description="List the images that a trained model misclassifies, by the concept that "
-        "drives each; write errors.csv, report.html, report.json and concepts.safetensors. Nothing "
-        "is trained.",
-        epilog="example: concept-guard audit output/train/a --data photos guard.concepts=24",
-    )
-    audit.add_argument(
-        "source",
-        metavar="CHECKPOINT_OR_MODEL",
-        help="a checkpoint, the folder of a run, a timm model, or a YAML file with settings",
-    )
-    audit.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="images: <class>/<image>, or split folders; default: the held-out images of the run",
-    )
-    audit.add_argument("overrides", metavar="key=value", nargs="*", help="settings of the audit")
-    _add_doctor(
-        commands.add_parser(
-            "doctor",
-            help="find what would keep the guard from working, before training",
-            description="Examine a model, the guard's settings and the switches of the training "
-            "loop: list everything that is wrong, each with its mend, and what the guard will "
-            "cost. Exits with 1 if something stops the guard, or disables it without a word.",
-            epilog="example: concept-guard doctor resnet18 num_classes=10 amp=true, or the words "
-            "of a training: concept-guard doctor train.py DATA -c config.yaml --amp",
-        )
-    )
-    for act in ACTS:
-        _add_act(commands.add_parser(act, help=MEANING[act], description=_described(act)), act)
-    return parser
+def _take_flags(options: argparse.Namespace) -> None:
+    """Let options of the doctor stand behind a model; behind a script they are the script's own."""
+    if not _is_script(options.source):
+        for flag in ("env", "no_cost", "quiet"):
+            word = f"--{flag.replace('_', '-')}"
+            options.__dict__[flag] |= word in options.words
+            options.words = [other for other in options.words if other != word]
 
 
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--env", action="store_true", help="versions and devices, to report a fault"
-    )
-    parser.add_argument(
-        "--no-cost", action="store_true", help="do not measure what the guard costs"
-    )
-    parser.add_argument(
-        "source",
-        nargs="?",
-        metavar="MODEL_OR_FILE",
-        help="a timm model, a recipe, a YAML of timm's train.py, or train.py itself",
-    )
-    parser.add_argument(
-        "words",
-        nargs=argparse.REMAINDER,
-        metavar="key=value",
-        help="settings; behind train.py its own arguments",
-    )
-
-
-def _described(act: str) -> str:
-    return (
-        f"Decide about concepts of a run: {MEANING[act]}. The run carries it out at its next "
-        "round, or when it is resumed. Without ids: show the flags of the last round."
-    )
-
-
-def _add_act(parser: argparse.ArgumentParser, act: str) -> None:
-    parser.epilog = f"example: concept-guard {act} output/train/a 3"
-    parser.add_argument("run", metavar="RUN", help="output folder of the run; the guard's log_dir")
-    parser.add_argument("ids", metavar="ID", nargs="*", help="concepts, as the table shows them")
-
-
-def _version() -> str:
-    try:
-        return version("concept-guard")
-    except PackageNotFoundError:
-        return "(not installed)"
+def _is_script(source: str | None) -> bool:
+    return source is not None and source.endswith(".py")
 
 
 def _run(path: str, overrides: Sequence[str]) -> int:
@@ -170,9 +93,23 @@ def _run(path: str, overrides: Sequence[str]) -> int:
         waits = invitation(stop.folder)
         more = f". {waits[0].upper()}{waits[1:]}\nTo" if waits else ". To"
         raise Interrupted(f"{stop}{more} continue:\n  {command}") from None
-    sys.stdout.write(f"{result.table}\n\n{result.seconds:.0f} s, everything in {result.folder}\n")
+    look = shlex.join(["concept-guard", "report", str(result.folder)])
+    board = shlex.join(["tensorboard", "--logdir", str(result.folder.parent)])
+    sys.stdout.write(
+        f"{result.table}\n\n{result.seconds:.0f} s, everything in {result.folder}\n"
+        f"what the guard saw and did, round by round: {board}, or as a page: {look}\n"
+    )
     if left := left_waiting(result.folder):
         sys.stdout.write(f"{left}\n")
+    return OK
+
+
+def _report(run: str, other: str | None, output: str | None) -> int:
+    from concept_guard.showing import show  # heavy: TensorBoard
+
+    runs = [run] if other is None else [run, other]
+    words = ["concept-guard", "report", *runs, *(("--output", output) if output else ())]
+    sys.stdout.write(f"{show(runs, output, command=shlex.join(words))}\n")
     return OK
 
 
@@ -193,11 +130,8 @@ def _audit(source: str, data: str | None, overrides: Sequence[str]) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    source, words, flags = options.source, options.words, {"--env": "env", "--no-cost": "no_cost"}
-    if source is not None and not source.endswith(".py"):  # behind a script they are its own
-        for word in flags.keys() & set(words):
-            setattr(options, flags[word], True)
-        words = [word for word in words if word not in flags]
+    source, words = options.source, options.words
+    if not _is_script(source):
         wrong = [word for word in words if word.startswith("-") or "=" not in word]
         if wrong:
             raise ConfigError(
@@ -221,12 +155,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress_on_stderr() -> Iterator[None]:
+def _progress_on_stderr(*, quiet: bool) -> Iterator[None]:
     """Show the package's progress lines and warnings, plain; the root logger stays as it is."""
     logger = logging.getLogger("concept_guard")
     handler, level = _BesideTheBar(), logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

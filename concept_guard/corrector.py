@@ -144,7 +144,21 @@ class Corrector:
             self._probation.begin(i, reading.logits.argmax(dim=1) == reading.labels)
         return if_erased
 
-    def withdraw(self, reading: Reading) -> list[str]:
+    def uncorrected(self, reading: Reading) -> Tensor | None:
+        """Return the logits of the probe without what is projected out.
+
+        Args:
+            reading: Its reading.
+
+        Returns:
+            `(N, M)` logits; None if nothing is projected out, or no linear map follows the tap and
+            they would cost another pass over the probe.
+        """
+        if self._tap.edit is None or self._tap.classifier is None:
+            return None
+        return tail_of(self._tap, self._probe, reading, on_top=False)(None, None)
+
+    def withdraw(self, reading: Reading) -> dict[int, str]:
         """Stop correcting concepts whose groups are no better off for it, and veto them.
 
         What a person erased stays.
@@ -153,10 +167,10 @@ class Corrector:
             reading: The reading of the probe.
 
         Returns:
-            A sentence for each of them.
+            Concept id to the reason, in a sentence.
         """
         if not self.tracked:
-            return []
+            return {}
         groups = {
             t.concept: (reading.labels == t.class_index, carriers_in(t, reading).any(dim=1))
             for t in self.tracked
@@ -167,7 +181,7 @@ class Corrector:
         if reasons:
             self._change_to([t for t in self.tracked if t.concept not in reasons], reading)
             self.vetoed |= set(reasons)
-        return list(reasons.values())
+        return reasons
 
     def erase(
         self, ids: Iterable[int], known: Sequence[int], pairs: DirectionPairs, reading: Reading

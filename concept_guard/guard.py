@@ -19,7 +19,8 @@ from concept_guard.errors import BakeError
 from concept_guard.explanation import Explainer, Explanation
 from concept_guard.health import Health
 from concept_guard.last_round import LastRound
-from concept_guard.logs import EventLog, RoundReport
+from concept_guard.logs import Act, EventLog, RoundReport
+from concept_guard.names import file_names
 from concept_guard.probe import probe_batches
 from concept_guard.ranks import Ranks
 from concept_guard.reading import check_labels
@@ -84,7 +85,11 @@ class ConceptGuard:
         log_dir = log_dir if self._ranks.first else None
         self._model_name = type(model).__name__
         self._log = EventLog(
-            log_dir, hparams=self.config.model_dump(mode="json"), class_names=class_names
+            log_dir,
+            model=self._model_name,
+            hparams=self.config.model_dump(mode="json"),
+            class_names=class_names,
+            file_names=file_names(probe, self._images),
         )
         self._channel = Channel(log_dir)
         self._health = Health(self.tap, self.config.tap, self._ranks)
@@ -305,8 +310,10 @@ class ConceptGuard:
         """
         if self._closed:
             raise BakeError("the guard is closed, its correction is gone; call bake before close")
+        corrected = self.erased
         self.baked = self._schedule.bake()
-        self._log.act(self.steps, f"bake: {self.baked}" if self.baked else "bake")
+        said = f"bake: {self.baked}" if self.baked else "bake"
+        self._log.act(self.steps, Act("bake", corrected, said))
 
     @_outside_inference_mode
     def baked_copy(self, model: nn.Module | None = None) -> nn.Module:

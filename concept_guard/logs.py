@@ -1,23 +1,25 @@
-"""Stage 5: the record of a round becomes TensorBoard events; the table of their tags.
+"""Stage 5: rounds and acts become TensorBoard events, and the history of the run.
 
-Nothing here knows how a concept was found, tested or corrected. `records` and `cards` make the
-text and the pictures; their public names are offered here as well, so that a caller sees one door.
+Nothing here knows how a concept was found, tested or corrected. `tags` names what is written,
+`keeping` says what is kept for the history, `events` writes it.
 """
 
-import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from concept_guard.cards import Card, card_image, displayable
-from concept_guard.records import RoundReport, evidence, markdown, table
+from concept_guard import __version__, summaries, tags
+from concept_guard.cards import Card, card_image, displayable, encoded
+from concept_guard.events import EventFile
+from concept_guard.keeping import Act, Names, act_entry, round_entry, start_entry
+from concept_guard.records import RoundReport, escaped, evidence, markdown, table
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 __all__ = [
     "SLOTS",
+    "Act",
     "Card",
     "EventLog",
     "RoundReport",
@@ -29,31 +31,8 @@ __all__ = [
 ]
 
 SLOTS = 8  # of the TensorBoard page: tags are named by slot, so that they never multiply
-
-# The only place where a tag is spelled. Step = optimizer updates.
-_TOP1 = "concept_guard/probe/top1"
-_WORST_GROUP = "concept_guard/probe/worst_group"
-_SLOT_RISK_DIFFERENCE = "concept_guard/slot_{}/risk_difference"
-_SLOT_Q_VALUE = "concept_guard/slot_{}/q_value"
-_SLOT_LEAK = "concept_guard/slot_{}/leak"
-_SLOT_READABLE = "concept_guard/slot_{}/readable"
-_CARD = "concept_guard/cards/slot_{}"
-_REPORT = "concept_guard/report"
-_SCALARS: tuple[tuple[str, Callable[[RoundReport], float | None]], ...] = (
-    ("concept_guard/summary/n_concepts", lambda r: len(r.concepts)),
-    ("concept_guard/summary/n_flagged", lambda r: len(r.flagged)),
-    ("concept_guard/summary/n_erased", lambda r: len(r.erased)),
-    ("concept_guard/summary/penalty", lambda r: r.penalty),
-    (_TOP1, lambda r: r.accuracy),
-    ("concept_guard/probe/top1_if_erased", lambda r: r.accuracy_if_erased),
-    (_WORST_GROUP, lambda r: r.worst_group_accuracy),
-    ("concept_guard/probe/worst_group_if_erased", lambda r: r.worst_group_accuracy_if_erased),
-    ("concept_guard/probe/worst_class_recall", lambda r: r.worst_class_recall),
-    ("concept_guard/probe/error_share_explained", lambda r: r.error_share_explained),
-    ("concept_guard/stability/cosine_to_last", lambda r: r.cosine_to_last),
-    ("concept_guard/cost/round_s", lambda r: r.seconds),
-    ("concept_guard/cost/overhead_pct", lambda r: 100.0 * r.overhead),
-)
+METRICS = {tags.TOP1: 0.0, tags.WORST_GROUP: 0.0}  # whose last values are the result of a run
+MOST_CARD_BYTES = 176_000  # of all cards of a round, so that 100 rounds of 8 slots take 20 MB
 
 
 def assign_slots(
@@ -80,32 +59,35 @@ def assign_slots(
 
 
 class EventLog:
-    """Writes rounds and human acts as TensorBoard events; the tags are those of the table above.
+    """Writes rounds and acts as TensorBoard events; the tags are those of `tags`.
 
-    TensorBoard is imported and the folder is made on the first write. A folder that cannot be
-    written costs one warning, never the training run. A copied or unpickled log is inert: a
-    second writer on the same folder (a copy made for EMA, say) would tear the curves.
+    TensorBoard is imported and the folder is made on the first write. While the folder cannot be
+    written events wait, at the cost of one warning, never of the training run. A copied or
+    unpickled log is inert: a second writer on the same folder (a copy made for EMA, say) would
+    tear the curves.
 
     Args:
         log_dir: Folder of the run; None makes an inert log.
+        model: Class of the network, for the history.
         hparams: Written once for the HParams page; what is no number or text is written as text.
-        class_names: Shown in the report instead of class indices.
-        file_names: Shown in the report instead of probe indices.
+        class_names: Shown instead of class indices.
+        file_names: Shown instead of probe indices.
     """
 
     def __init__(
         self,
         log_dir: str | Path | None,
         *,
+        model: str = "",
         hparams: Mapping[str, object] | None = None,
         class_names: Sequence[str] | None = None,
         file_names: Sequence[str] | None = None,
     ) -> None:
-        self._folder = None if log_dir is None else str(log_dir) or "."
-        self._hparams = dict(hparams or {})
-        self._class_names = class_names
-        self._file_names = file_names
-        self._writer: SummaryWriter | None = None
+        self._file = None if log_dir is None else EventFile(str(log_dir) or ".")
+        self._model, self._hparams = model, dict(hparams or {})
+        self._names = Names(class_names, file_names)
+        self._begun, self._last = False, 0
+        self._shown: dict[int, tuple[Card, str]] = {}  # slot to what it shows
         self._text: tuple[int, str] = (-1, "")  # of a step TensorBoard shows the last text only
 
     def __reduce__(self) -> tuple[type["EventLog"], tuple[None]]:
@@ -114,108 +96,127 @@ class EventLog:
     @property
     def active(self) -> bool:
         """Whether anything that is written would be kept."""
-        return self._folder is not None
+        return self._file is not None
 
     def write(
-        self, report: RoundReport, cards: Mapping[int, Card], slots: Mapping[int, int]
+        self,
+        report: RoundReport,
+        cards: Mapping[int, Card],
+        slots: Mapping[int, int],
+        acts: Iterable[Act] = (),
     ) -> None:
         """Write one round at its step; a value that is not finite leaves a gap in its curve.
 
         Args:
             report: The round.
-            cards: Concept id to card; only concepts that have a slot are drawn.
+            cards: Concept id to card; only those of concepts that have a slot are written, and
+                only if its slot did not show the same before.
             slots: Concept id to slot, from `assign_slots`.
+            acts: What the guard did in this round.
         """
-        text = markdown(report, self._class_names, self._file_names, slots)
-        self._text = (report.step, text)
+        if self._file is None:
+            return
+        text = markdown(report, self._names.classes, self._names.files, slots)
+        values = {**tags.round_values(report), **dict(tags.slot_values(report, slots))}
+        entry = round_entry(report, slots, self._names)
+        self._append(
+            report.step,
+            [
+                *summaries.scalars(values),
+                *self._drawn(report, cards, slots),
+                *self._of_acts(report.step, acts),
+                self._said(report.step, text, afresh=True),
+                summaries.kept(tags.HISTORY, entry),
+            ],
+            stale_from=report.step,
+        )
 
-        def events(writer: "SummaryWriter") -> None:
-            for tag, value in (*_round_values(report), *_slot_values(report, slots)):
-                if value is not None and math.isfinite(value):
-                    writer.add_scalar(tag, value, report.step)
-            for concept in sorted(slots.keys() & cards.keys()):
-                image = card_image(cards[concept])
-                writer.add_image(_CARD.format(slots[concept]), image, report.step)
-            writer.add_text(_REPORT, text, report.step)
-
-        self._attempt(events, stale_from=report.step)
-
-    def act(self, step: int, text: str) -> None:
-        """Write what a person did (erase, restore, veto, approve) under the tag of the report.
+    def act(self, step: int, act: Act) -> None:
+        """Write what was done between rounds; it is shown below what else is said of this step.
 
         Args:
             step: Optimizer updates so far.
-            text: One sentence, shown as it is, below what else is said of this step.
+            act: What was done.
         """
-        before, said = self._text
-        whole = f"{said}\n\n{text}" if step == before else text
-        self._text = (step, whole)
-        # A round of this very step may be in an earlier file: it stays valid.
-        self._attempt(lambda w: w.add_text(_REPORT, whole, step), stale_from=step + 1)
+        if self._file is not None:
+            said = self._said(step, escaped(act.text or act.name))
+            # A round of this very step may be in an earlier file: it stays valid.
+            self._append(step, [*self._of_acts(step, [act]), said], stale_from=step + 1)
+
+    def estimated(self, step: int, concepts: Sequence[int], misread: float) -> None:
+        """Write that the pairs of the concepts under correction were estimated again.
+
+        Args:
+            step: Optimizer updates so far.
+            concepts: Their ids.
+            misread: Share of the reference rows that the pairs of before read otherwise.
+        """
+        if self._file is not None and concepts:
+            act = Act("re_estimate", tuple(concepts), f"read otherwise before: {misread:.1%}")
+            moved = summaries.scalars({tags.MISREAD: misread})
+            self._append(step, [*moved, *self._of_acts(step, [act])], stale_from=step + 1)
 
     def close(self) -> None:
-        """Flush and close; the log is inert afterwards."""
-        folder, self._folder = self._folder, None
-        writer, self._writer = self._writer, None
-        try:
-            if writer is not None:
-                writer.close()
-        except OSError as error:
-            _warn(folder, error)
+        """Write that the run ended here, and close; the log is inert afterwards."""
+        if self._file is not None and self._begun and self._hparams:
+            _, end = summaries.hyperparameters(self._hparams, METRICS)
+            self._append(self._last, [end], stale_from=self._last + 1)
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
-    def _attempt(self, events: "Callable[[SummaryWriter], None]", *, stale_from: int) -> None:
-        if self._folder is None:
+    def _append(self, step: int, said: "list[Summary]", *, stale_from: int) -> None:
+        if self._file is None:
             return
-        try:
-            if self._writer is None:
-                self._writer = _opened(self._folder, stale_from, self._hparams)
-            events(self._writer)
-            self._writer.flush()
-        except OSError as error:
-            folder, self._folder, self._writer = self._folder, None, None
-            _warn(folder, error)
+        opening: list[Summary] = []
+        if not self._begun:
+            self._begun = True
+            given = self._hparams
+            begin, _ = summaries.hyperparameters(given, METRICS)
+            entry = start_entry(step, __version__, self._model, given, self._names)
+            opening = [*(begin if given else ()), summaries.kept(tags.HISTORY, entry)]
+        self._last = step
+        self._file.append(step, [*opening, *said], stale_from=stale_from)
 
+    def _said(self, step: int, text: str, *, afresh: bool = False) -> "Summary":
+        """Return the text of a step, below what was said of it before."""
+        before, said = self._text
+        whole = f"{said}\n\n{text}" if step == before and not afresh else text
+        self._text = (step, whole)
+        return summaries.text(tags.REPORT, whole)
 
-def _warn(folder: str | None, error: OSError) -> None:
-    warnings.warn(
-        f"log_dir={folder!r} cannot be written ({error}): training goes on without TensorBoard "
-        "events. Pass a writable log_dir, or log_dir=None for no events.",
-        UserWarning,
-        stacklevel=2,
-    )
+    def _of_acts(self, step: int, acts: Iterable[Act]) -> "list[Summary]":
+        """Return the curves and the entries of acts; a curve counts the concepts acted upon."""
+        made: list[Summary] = []
+        for act in acts:
+            if act.name in tags.ACTS:
+                made += summaries.scalars({tags.ACTS[act.name]: float(len(act.concepts))})
+            made.append(summaries.kept(tags.HISTORY, act_entry(step, act)))
+        return made
 
+    def _drawn(
+        self, report: RoundReport, cards: Mapping[int, Card], slots: Mapping[int, int]
+    ) -> "list[Summary]":
+        new = {}
+        for concept in sorted(slots.keys() & cards.keys()):
+            shows = (cards[concept], self._caption(report, concept))
+            if self._shown.get(slots[concept]) != shows:
+                new[slots[concept]] = shows
+        self._shown |= new
+        drawn = []
+        for slot, (card, caption) in new.items():
+            sheet = card_image(card, caption)
+            file = encoded(sheet, MOST_CARD_BYTES // len(new))
+            size = (sheet.shape[1], sheet.shape[2])
+            drawn.append(summaries.picture(tags.CARD.format(slot), file, size))
+        return drawn
 
-def _round_values(report: RoundReport) -> list[tuple[str, float | None]]:
-    return [(tag, read(report)) for tag, read in _SCALARS]
-
-
-def _slot_values(report: RoundReport, slots: Mapping[int, int]) -> list[tuple[str, float | None]]:
-    """Return the values of each slot; a concept flagged for two classes shows the stronger one."""
-    values: list[tuple[str, float | None]] = []
-    for concept, slot in slots.items():
+    def _caption(self, report: RoundReport, concept: int) -> str:
         mine = sorted((flag for flag in report.flags if flag.concept == concept), key=evidence)
-        for flag in mine[:1]:
-            values.append((_SLOT_RISK_DIFFERENCE.format(slot), flag.risk_difference))
-            values.append((_SLOT_Q_VALUE.format(slot), flag.q_value))
-        values.append((_SLOT_LEAK.format(slot), report.leak.get(concept)))
-        values.append((_SLOT_READABLE.format(slot), report.readable.get(concept)))
-    return values
-
-
-def _opened(folder: str, stale_from: int, hparams: Mapping[str, object]) -> "SummaryWriter":
-    """Return a writer into the folder that has written the hyperparameters.
-
-    Events of an interrupted run at step `stale_from` or later are hidden: a resumed run writes
-    them again. The hyperparameters go into this same file: `SummaryWriter.add_hparams` opens a
-    second, newer one, after which a running TensorBoard stops reading the first.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams as summaries
-
-    writer = SummaryWriter(folder, purge_step=stale_from)
-    if hparams:
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
-        file_writer: Any = writer.file_writer
-        for summary in summaries(plain, dict.fromkeys((_TOP1, _WORST_GROUP), 0.0)):
-            file_writer.add_summary(summary)
-    return writer
+        if not mine:
+            return f"concept {concept}, no flag in this round"
+        flag = mine[0]
+        return (
+            f"concept {concept} towards {self._names.of_class(flag.class_index)}, {flag.status}: "
+            f"risk difference {flag.risk_difference:+.2f}, q = {flag.q_value:.1e}"
+        )

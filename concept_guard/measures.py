@@ -4,7 +4,6 @@ Nothing here knows how the numbers are shown.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from concept_guard.association import MOST_CARRIERS, Sensitivity
 from concept_guard.benefit import SMALLEST_GROUP
 from concept_guard.flags import Flag
 from concept_guard.reading import Reading
+from concept_guard.records import Group
 
 
 def not_finite(reading: Reading, loss: Tensor | None, tap: str) -> list[str]:
@@ -61,27 +61,11 @@ def worst_class_recall(logits: Tensor, labels: Tensor) -> float:
     return min(float(right[labels == k].double().mean()) for k in labels.unique().tolist())
 
 
-@dataclass(frozen=True)
-class Group:
-    """The images of one class that carry a concept, or of those that do not.
-
-    Attributes:
-        class_index: Their true class.
-        concept: Id of the concept.
-        carried: Whether they carry it.
-        images: How many there are.
-        accuracy: Share of right predictions; None without images.
-    """
-
-    class_index: int
-    concept: int
-    carried: bool
-    images: int
-    accuracy: float | None
-
-
 def pseudo_groups(
-    logits: Tensor, labels: Tensor, carried: Mapping[int, Tensor]
+    logits: Tensor,
+    labels: Tensor,
+    carried: Mapping[int, Tensor],
+    uncorrected: Tensor | None = None,
 ) -> tuple[Group, ...]:
     """Return size and accuracy of every (class, concept present or not) group.
 
@@ -89,19 +73,25 @@ def pseudo_groups(
         logits: `(N, M)` class logits.
         labels: `(N,)` classes.
         carried: Concept id to `(N,)` bool presence.
+        uncorrected: `(N, M)` logits without what is projected out, if they are known.
 
     Returns:
         The groups, concept by concept and class by class, without before with.
     """
-    right = (logits.argmax(dim=1) == labels).double()
+    both = [None if z is None else z.argmax(dim=1) == labels for z in (logits, uncorrected)]
     groups = []
     for concept, presence in carried.items():
         for k in labels.unique().tolist():
             for value in (False, True):
-                of_group = right[(labels == k) & (presence == value)]
-                rate = float(of_group.mean()) if len(of_group) else None
-                groups.append(Group(k, concept, value, len(of_group), rate))
+                at = (labels == k) & (presence == value)
+                size = int(at.sum())
+                rates = [_share(right, at) if size else None for right in both]
+                groups.append(Group(k, concept, value, size, *rates))
     return tuple(groups)
+
+
+def _share(right: Tensor | None, at: Tensor) -> float | None:
+    return None if right is None else float(right[at].double().mean())
 
 
 def worst_group_accuracy(logits: Tensor, labels: Tensor, carried: Sequence[Tensor]) -> float:

@@ -24,6 +24,27 @@ _HEADER = (
 
 
 @dataclass(frozen=True)
+class Group:
+    """The images of one class that carry a concept, or of those that do not.
+
+    Attributes:
+        class_index: Their true class.
+        concept: Id of the concept.
+        carried: Whether they carry it.
+        images: How many there are.
+        accuracy: Share of right predictions; None without images.
+        accuracy_uncorrected: The same without what is projected out; None if not measured.
+    """
+
+    class_index: int
+    concept: int
+    carried: bool
+    images: int
+    accuracy: float | None
+    accuracy_uncorrected: float | None = None
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """What one round found, and what it did to the network.
 
@@ -60,6 +81,11 @@ class RoundReport:
         readable: Concept under correction to how well a fresh linear probe still reads it from the
             rows of such images, the class held fixed: the AUC, .5 if not at all. Concepts with too
             few images are missing.
+        accuracy_uncorrected: `accuracy` without what is projected out; None if nothing was when
+            the round began, or no linear map follows the tap.
+        worst_group_uncorrected: Likewise.
+        groups: Size and accuracy of the (class, concept present) groups of what is flagged.
+        withdrawn: Ids of the concepts whose correction ended because it does not help.
     """
 
     step: int
@@ -87,6 +113,10 @@ class RoundReport:
     seen_from: int = 0
     likely_seen_from: int = 0
     readable: dict[int, float] = field(default_factory=dict)
+    accuracy_uncorrected: float | None = None
+    worst_group_uncorrected: float | None = None
+    groups: tuple[Group, ...] = ()
+    withdrawn: tuple[int, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -195,7 +225,7 @@ def markdown(
         The verdict, a Markdown table if there are flags, then which concepts stayed, came and went,
         and notes.
     """
-    lines = [f"**{_escaped(report.verdict)}**"]
+    lines = [f"**{escaped(report.verdict)}**"]
     rows = _rows(report, class_names, file_names)
     if rows:
         held = slots or {}
@@ -204,15 +234,16 @@ def markdown(
         for flag, row in zip(report.flags, rows, strict=True):
             lines.append(_line((str(held.get(flag.concept, "-")), *row)))
     for line in (report.identity, *report.notes):
-        lines += ["", _escaped(line)] if line else []
+        lines += ["", escaped(line)] if line else []
     return "\n".join(lines)
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text so that Markdown shows it as it is, on one line."""
     for mark in "\\|*_`<":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

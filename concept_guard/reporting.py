@@ -3,26 +3,22 @@
 Nothing here knows how these are shown.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from concept_guard import measures
 from concept_guard.association import sensitivity
-from concept_guard.cards import TILES, Card, displayable
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.decisions import FlagLine, Stage, Standing, now
 from concept_guard.flags import Flag
+from concept_guard.keeping import Act
 from concept_guard.leaks import Leaks
-from concept_guard.localisation import location_maps
-from concept_guard.probe import Batches, images_at
 from concept_guard.reading import Reading
 from concept_guard.records import RoundReport
 from concept_guard.rounds import Findings
-from concept_guard.taps import Tap
 
 HELD = ("found", "erased", "waiting")
 
@@ -34,7 +30,8 @@ def report(
     if_erased: Tensor | None,
     left: Leaks,
     *,
-    withdrawn: Sequence[str] = (),
+    uncorrected: Tensor | None = None,
+    withdrawn: Mapping[int, str] | None = None,
     step: int,
     alpha: float,
     seconds: float,
@@ -48,7 +45,8 @@ def report(
         corrector: After it acted.
         if_erased: `(N, M)` logits with everything new erased, or None.
         left: What is left of the concepts under correction.
-        withdrawn: Sentences on the corrections that are withdrawn, because they do not help.
+        uncorrected: `(N, M)` logits without what was projected out when the round began, or None.
+        withdrawn: Concept id to the reason why its correction is withdrawn; None for none.
         step: Optimizer updates so far.
         alpha: False-discovery level.
         seconds: Duration of the round.
@@ -64,7 +62,7 @@ def report(
     held = [flag for flag in flags if flag.status in HELD and flag.concept in carried]
     groups = [carried[flag.concept] for flag in held]
     errors = int((logits.argmax(dim=1) != labels).sum())
-    after = if_erased
+    after, without, withdrawn = if_erased, uncorrected, withdrawn or {}
     seen = sensitivity(
         logits.argmax(dim=1),
         labels,
@@ -97,10 +95,43 @@ def report(
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
-        notes=(*found.pairs.notes, *left.returned, *withdrawn),
+        notes=(*found.pairs.notes, *left.returned, *withdrawn.values()),
         seen_from=seen.least,
         likely_seen_from=seen.likely,
+        accuracy_uncorrected=None if without is None else measures.accuracy(without, labels),
+        worst_group_uncorrected=None
+        if without is None
+        else measures.worst_group_accuracy(without, labels, groups),
+        groups=measures.pseudo_groups(
+            logits, labels, {flag.concept: carried[flag.concept] for flag in held}, without
+        ),
+        withdrawn=tuple(withdrawn),
     )
+
+
+def acts(report: RoundReport, before: RoundReport | None, under_way: Sequence[int]) -> list[Act]:
+    """Return what the guard did in a round.
+
+    Args:
+        report: The round.
+        before: The round before, if there was one.
+        under_way: Ids of the concepts that were under correction when it began.
+
+    Returns:
+        Flags that were not there before, corrections that began, and such as were withdrawn.
+    """
+    known = () if before is None else before.flagged
+    of_class = {flag.concept: flag.class_index for flag in reversed(report.flags)}
+    flagged = [i for i in report.flagged if i not in known and i not in under_way]
+    begun = [i for i in (*report.erased, *report.withdrawn) if i not in under_way]
+    return [
+        *(
+            Act("flag", (i,), f"concept {i} is flagged: drives errors towards class {of_class[i]}")
+            for i in flagged
+        ),
+        *(Act("erase", (i,), f"the correction of concept {i} begins") for i in begun),
+        *(Act("withdraw", (i,), f"concept {i}: no better off for it") for i in report.withdrawn),
+    ]
 
 
 def _flags(found: Findings, corrector: Corrector) -> tuple[Flag, ...]:
@@ -117,83 +148,6 @@ def _flags(found: Findings, corrector: Corrector) -> tuple[Flag, ...]:
         if i not in known
     ]
     return (*erased, *fresh)
-
-
-def cards(
-    tap: Tap, probe: Batches, reading: Reading, found: Findings, wanted: Sequence[int]
-) -> dict[int, Card]:
-    """Make the cards of the concepts that have a slot.
-
-    Args:
-        tap: Where the concepts are read.
-        probe: Where the images come from.
-        reading: The round's reading.
-        found: What the round found.
-        wanted: Ids of concepts; those that are neither tracked nor tested get none.
-
-    Returns:
-        Concept id to card.
-    """
-    tested = {t.concept for t in found.tracked}
-    tested |= {i for i, c in found.candidates.items() if c.pair is not None}
-    return cards_of(tap, probe, reading, filters_of(found), [i for i in wanted if i in tested])
-
-
-def filters_of(found: Findings) -> dict[int, Tensor]:
-    """Return the filter that reads each concept best: within classes where there is one.
-
-    Args:
-        found: What a round found.
-
-    Returns:
-        Concept id to `(C,)` filter.
-    """
-    filters = dict(zip(found.ids, found.pairs.filters, strict=True))
-    filters |= {t.concept: t.pair.filter for t in found.tracked}
-    filters |= {i: c.pair.filter for i, c in found.candidates.items() if c.pair is not None}
-    return {i: f.to(found.pairs.filters) for i, f in filters.items()}
-
-
-def cards_of(
-    tap: Tap,
-    probe: Batches,
-    reading: Reading,
-    filters: Mapping[int, Tensor],
-    wanted: Iterable[int],
-    *,
-    tiles: int = TILES,
-    foremost: Mapping[int, Tensor] | None = None,
-) -> dict[int, Card]:
-    """Make the cards of some concepts.
-
-    Args:
-        tap: Where the concepts are read.
-        probe: Where the images come from.
-        reading: Of that probe.
-        filters: Concept id to `(C,)` filter.
-        wanted: Ids of concepts.
-        tiles: Images on a card.
-        foremost: Concept id to positions in the reading of the images that come first.
-
-    Returns:
-        Concept id to card: the images that carry most of it, with its place marked. No card
-        if the model takes something else than images.
-    """
-    result = {}
-    wrong = reading.logits.argmax(dim=1) != reading.labels
-    for concept in wanted:
-        direction = filters[concept].to(reading.rows)
-        level = (reading.rows @ direction).amax(dim=1)
-        best = level.argsort(descending=True)
-        if foremost is not None and concept in foremost:
-            first = foremost[concept].to(best)
-            best = torch.cat([first, best[~torch.isin(best, first)]])
-        top = best[:tiles]
-        images, _ = images_at(probe, reading.indices[top])
-        if images.ndim == 4:
-            maps = location_maps(tap, images, direction).cpu()
-            result[concept] = Card(displayable(images), maps, tuple(bool(w) for w in wrong[top]))
-    return result
 
 
 def standing(

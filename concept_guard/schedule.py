@@ -153,7 +153,9 @@ class Schedule:
 
     def _track(self) -> None:
         self._pace.estimated(self.steps)  # also if what follows fails
-        self._pace.estimated(self.steps, self._corrector.track())
+        misread = self._corrector.track()
+        self._pace.estimated(self.steps, misread)
+        self._watch.estimated(self.steps, misread)
 
     def _bake(self) -> str:
         self._acts.heed(self.steps)

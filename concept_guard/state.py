@@ -12,10 +12,10 @@ import torch
 from concept_guard.directions import Concept, DirectionPairs, Subspace, WithinClassPair
 from concept_guard.errors import StateError
 from concept_guard.flags import Flag
-from concept_guard.records import RoundReport
+from concept_guard.records import Group, RoundReport
 from concept_guard.tracking import Tracked
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 TENSORS = ("filters", "signals", "biases")  # of direction pairs
 
 
@@ -160,6 +160,7 @@ def from_report(report: RoundReport | None) -> dict[str, Any] | None:
         return None
     plain = {f.name: getattr(report, f.name) for f in fields(report)}
     plain["flags"] = [asdict(flag) for flag in report.flags]
+    plain["groups"] = [asdict(group) for group in report.groups]
     plain["concepts"] = [
         {f.name: getattr(concept, f.name) for f in fields(concept)} for concept in report.concepts
     ]
@@ -179,5 +180,6 @@ def to_report(saved: Mapping[str, Any] | None) -> RoundReport | None:
         return None
     plain = dict(saved)
     plain["flags"] = tuple(Flag(**flag) for flag in saved["flags"])
+    plain["groups"] = tuple(Group(**group) for group in saved["groups"])
     plain["concepts"] = tuple(Concept(**concept) for concept in saved["concepts"])
     return RoundReport(**plain)

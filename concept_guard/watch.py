@@ -4,15 +4,16 @@ Nothing here knows when a round is due, or computes anything itself.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
-from concept_guard import reporting
+from concept_guard import picturing, reporting
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.health import Health
 from concept_guard.last_round import LastRound
 from concept_guard.leaks import Leaks, leaks
-from concept_guard.logs import EventLog, RoundReport, assign_slots
+from concept_guard.logs import Act, Card, EventLog, RoundReport, assign_slots
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.rounds import Findings, look
@@ -75,6 +76,8 @@ class Watch:
         reading = self.read(step)
         if reading is None:
             return None
+        under_way = [t.concept for t in self._corrector.tracked]
+        uncorrected = self._corrector.uncorrected(reading)
         found = look(
             reading,
             self._corrector.tail(reading),
@@ -94,6 +97,7 @@ class Watch:
             self._corrector,
             if_erased,
             left,
+            uncorrected=uncorrected,
             withdrawn=withdrawn,
             step=step,
             alpha=self._config.alpha,
@@ -103,8 +107,18 @@ class Watch:
         slots = assign_slots(last.slots, report)
         self.last = LastRound(found.pairs, found.ids, found.next_id, report, slots)
         if self._log.active:
-            self._show(report, reading, found)
+            done = reporting.acts(report, last.report, under_way)
+            self._show(report, reading, found, done, last.cards)
         return report
+
+    def estimated(self, step: int, misread: float) -> None:
+        """Log that the tracked pairs were estimated again.
+
+        Args:
+            step: Optimizer updates so far.
+            misread: Share of the reference rows that the pairs of before read otherwise.
+        """
+        self._log.estimated(step, [t.concept for t in self._corrector.tracked], misread)
 
     def _left(self, found: Findings, reading: Reading) -> Leaks:
         last = self.last.report
@@ -118,8 +132,18 @@ class Watch:
             seed=self._config.seed,
         )
 
-    def _show(self, report: RoundReport, reading: Reading, found: Findings) -> None:
+    def _show(
+        self,
+        report: RoundReport,
+        reading: Reading,
+        found: Findings,
+        done: list[Act],
+        before: Mapping[int, Card],
+    ) -> None:
         slots = self.last.slots
-        cards = reporting.cards(self._tap, self._probe, reading, found, list(slots))
+        driven = {flag.concept: flag.examples for flag in reversed(report.flags)}
+        cards = picturing.cards(
+            self._tap, self._probe, reading, found, list(slots), driven=driven, before=before
+        )
         self.last = replace(self.last, cards=cards)
-        self._log.write(report, cards, slots)
+        self._log.write(report, cards, slots, done)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from concept_guard import cli
+from concept_guard import cli, commands
 from concept_guard.decisions import FOLDER, FlagLine, Stage, Standing
 from concept_guard.training import Interrupted, Recipe, RunResult, load_recipe, runs
 from concept_guard.training.digits import Planted
@@ -224,6 +224,14 @@ def finished(folder: Path) -> RunResult:
     )
 
 
+def ended(folder: Path) -> str:
+    """Return what stands on stdout after such a run."""
+    return (
+        f"the table\n\n61 s, everything in {folder}\nwhat the guard saw and did, round by round: "
+        f"tensorboard --logdir {folder.parent}, or as a page: concept-guard report {folder}\n"
+    )
+
+
 def stands(folder: Path, stage: Stage) -> None:
     """Let a flag of a run wait."""
     flags = (FlagLine(3, "ant", "waiting", 0.5, 1e-8, ""),)
@@ -247,7 +255,7 @@ def test_the_table_is_printed_on_stdout(
     recipe: Path, tmp_path: Path, asked: list[Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["run", str(recipe), "seed=3"]) == 0
-    assert capsys.readouterr().out == f"the table\n\n61 s, everything in {tmp_path}/run\n"
+    assert capsys.readouterr().out == ended(tmp_path / "run")
     assert [one.seed for one in asked] == [3]
 
 
@@ -280,6 +288,52 @@ def test_progress_and_warnings_are_plain_lines_on_stderr(
     assert cli.main(["run", str(recipe)]) == 0
     assert capsys.readouterr().err == "epoch 1\nwarning: a.png: unreadable image\n"
     assert not logging.getLogger("concept_guard").handlers
+
+
+def test_quiet_leaves_warnings_and_the_result(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def talk(_recipe: Recipe) -> RunResult:
+        logging.getLogger("concept_guard.training").info("epoch 1")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("a.png: unreadable image", stacklevel=1)
+        return finished(tmp_path)
+
+    monkeypatch.setattr("concept_guard.training.run", talk)
+    for words in (["--quiet", str(recipe), "seed=3"], [str(recipe), "--quiet", "seed=3"]):
+        assert cli.main(["run", *words]) == 0
+        out, err = capsys.readouterr()
+        assert out == ended(tmp_path)
+        assert err == "warning: a.png: unreadable image\n"
+    assert cli.main(["run", str(recipe)]) == 0  # control
+    assert capsys.readouterr().err.startswith("epoch 1\n")
+
+
+def test_the_doctor_is_quiet_before_and_behind_a_model_but_not_for_a_script() -> None:
+    for words in (["--quiet", "resnet18", "amp=true"], ["resnet18", "amp=true", "--quiet"]):
+        options = cli._parsed(["doctor", *words])
+        assert (options.quiet, options.words) == (True, ["amp=true"])
+    options = cli._parsed(["doctor", "train.py", "DATA", "--quiet"])
+    assert (options.quiet, options.words) == (False, ["DATA", "--quiet"])
+    assert cli._parsed(["audit", "a", "--quiet"]).quiet
+    with pytest.raises(SystemExit):  # where there is no progress there is nothing to silence
+        cli._parsed(["approve", "a", "--quiet"])
+
+
+def test_help_says_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    for code in (commands.OK, commands.FAILED, commands.MISUSED, commands.STOPPED):
+        assert re.search(rf"^  {code} +\S", said, re.MULTILINE), code
+    assert not re.search(r"^  3 +\S", said, re.MULTILINE)  # control
+    listed = (RECIPES / "README.md").read_text(encoding="utf8")
+    for code in (commands.OK, commands.FAILED, commands.MISUSED, commands.STOPPED):
+        assert f"| {code} |" in listed
 
 
 def test_python_m_does_the_same(

@@ -16,8 +16,8 @@ from concept_guard import GuardConfig, ProbeError
 from concept_guard.diagnosis import Analysis, History, Subject, analyse, write_report
 from concept_guard.diagnosis.contents import contents
 from concept_guard.localisation import location_maps
+from concept_guard.picturing import filters_of
 from concept_guard.report import Report
-from concept_guard.reporting import filters_of
 from concept_guard.taps import Tap
 
 CONFIG = GuardConfig(concepts=8)

@@ -34,11 +34,12 @@ LAYERS = [
     {"penalty", "baking"},
     {"trial"},
     {"rounds"},
-    {"records", "cards", "measures", "localisation", "wiring"},
-    {"explanation", "health", "history", "events"},
+    {"records", "cards", "localisation", "wiring", "names"},
+    {"measures", "explanation", "history", "events", "summaries", "tags"},
+    {"health", "keeping"},
     {"logs", "state", "tail", "references"},
     {"corrector", "last_round", "leaks"},
-    {"reporting", "sampling"},
+    {"reporting", "sampling", "picturing"},
     {"watch", "rebalancing"},
     {"acts"},
     {"schedule"},
@@ -47,6 +48,7 @@ LAYERS = [
     {"diagnosis", "integrations", "board", "showing"},
     {"training"},
     {"audit", "checkup"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -76,7 +78,7 @@ TOP_LEVEL = {
     "benchmarks",
 }
 SLOW_TO_IMPORT = ["timm", "tensorboard", "sklearn", "torch", "scipy", "numpy", "pydantic"]
-FOR_TENSORBOARD = ["entries", "history"]
+FOR_TENSORBOARD = ["entries", "history", "report", "report.runs", "board", "showing"]
 HOOK = re.compile(r"register_(module_)?(forward|backward|full_backward)\w*hook|register_hook")
 
 
@@ -151,7 +153,7 @@ def test_an_upward_import_is_found(line: str, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["directions", "diagnosis", "examination", "training", "audit", "checkup"]
+    "folder", ["directions", "diagnosis", "examination", "report", "training", "audit", "checkup"]
 )
 def test_the_files_of_a_stage_do_not_import_each_other_in_a_circle(folder: str) -> None:
     graph = {

@@ -16,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
+from concept_guard import events
 from concept_guard.directions import Concept
 from concept_guard.flags import Flag
-from concept_guard.logs import Card, EventLog, RoundReport, assign_slots, card_image
+from concept_guard.history import read_history
+from concept_guard.logs import Act, Card, EventLog, RoundReport, assign_slots, card_image
+from concept_guard.records import Group
 
-# Written out from DESIGN.md section 6, so that the table in the library cannot vouch for itself.
+# Written out once more, so that the table in the library cannot vouch for itself.
 ALWAYS = {
     f"concept_guard/{tag}"
     for tag in (
@@ -39,10 +41,17 @@ ALWAYS = {
         "cost/overhead_pct",
     )
 }
-IF_ERASED = {"concept_guard/probe/top1_if_erased", "concept_guard/probe/worst_group_if_erased"}
+IF_ERASED = {
+    f"concept_guard/probe/{tag}"
+    for tag in (
+        "top1_if_erased",
+        "worst_group_if_erased",
+        "top1_uncorrected",
+        "worst_group_uncorrected",
+    )
+}
 
-
-SLOT_VALUES = ("risk_difference", "q_value", "leak", "readable")
+SLOT_VALUES = ("risk_difference", "q_value", "leak", "readable", "drift")
 
 
 def slot_tags(slot: int) -> set[str]:
@@ -75,6 +84,10 @@ def report(step: int, *flags: Flag, erased: tuple[int, ...] = (), **changes: obj
         "overhead": 0.03,
         "verdict": "concept 5 pulls towards class 1.",
         "readable": dict.fromkeys(erased, 0.75),
+        "drift": dict.fromkeys(erased, 0.9),
+        "accuracy_uncorrected": 0.7,
+        "worst_group_uncorrected": 0.2,
+        "groups": (Group(1, 5, True, 30, 0.9, 0.8), Group(1, 5, False, 0, None, None)),
     }
     return RoundReport(**{**values, **changes})
 
@@ -100,13 +113,19 @@ def texts(events: EventAccumulator) -> list[tuple[int, str]]:
 def test_the_tags_read_back_are_exactly_the_planned_ones(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     log.write(report(100, flag(5)), {5: card()}, {5: 0})
-    log.write(report(300, flag(5, "erased"), flag(9), erased=(5,)), {9: card()}, {5: 0, 9: 1})
+    erase = Act("erase", (5,), "the correction of concept 5 begins")
+    later = report(300, flag(5, "erased"), flag(9), erased=(5,))
+    log.write(later, {9: card()}, {5: 0, 9: 1}, [erase])
+    log.act(310, Act("veto", (5, 9), "veto 5, 9", "person"))
+    log.estimated(325, [5], 0.01)
     log.close()
     tags = read(tmp_path).Tags()
     slots = slot_tags(0) | (slot_tags(1) - {f"concept_guard/slot_1/{t}" for t in SLOT_VALUES[2:]})
-    assert set(tags["scalars"]) == ALWAYS | IF_ERASED | slots
+    acts = {f"concept_guard/acts/{act}" for act in ("erase", "veto", "re_estimate")}
+    moved = {"concept_guard/stability/misread"}
+    assert set(tags["scalars"]) == ALWAYS | IF_ERASED | slots | acts | moved
     assert set(tags["images"]) == {"concept_guard/cards/slot_0", "concept_guard/cards/slot_1"}
-    assert set(tags["tensors"]) == {"concept_guard/report/text_summary"}
+    assert set(tags["tensors"]) == {"concept_guard/report/text_summary", "concept_guard/history"}
     assert not any(tags[kind] for kind in ("histograms", "audio", "distributions", "graph"))
 
 
@@ -122,7 +141,9 @@ def test_every_value_lands_under_its_own_tag_at_its_step(tmp_path: Path) -> None
         "summary/penalty": 0,
         "probe/top1": 0.75,
         "probe/top1_if_erased": 0.8,
+        "probe/top1_uncorrected": 0.7,
         "probe/worst_group": 0.25,
+        "probe/worst_group_uncorrected": 0.2,
         "probe/worst_group_if_erased": 0.7,
         "probe/worst_class_recall": 0.5,
         "probe/error_share_explained": 0.6,
@@ -130,6 +151,7 @@ def test_every_value_lands_under_its_own_tag_at_its_step(tmp_path: Path) -> None
         "slot_2/q_value": 0.02,
         "slot_2/leak": 0.05,
         "slot_2/readable": 0.75,
+        "slot_2/drift": 0.9,
         "stability/cosine_to_last": 0.97,
         "cost/round_s": 1.5,
         "cost/overhead_pct": 3,
@@ -160,29 +182,56 @@ def test_a_value_that_is_not_finite_is_left_out(tmp_path: Path, value: float) ->
 
 
 def test_the_card_decodes_to_the_picture_that_was_drawn(tmp_path: Path) -> None:
-    log = EventLog(tmp_path)
-    log.write(report(10, flag(5)), {5: card(), 8: card(1)}, {5: 3})  # concept 8 has no slot
+    smooth = torch.linspace(0, 1, 96).expand(2, 3, 96, 96)
+    drawn = Card(smooth, torch.ones(2, 12, 12), errors=smooth.flip(3))
+    log = EventLog(tmp_path, class_names=["cat", "dog"])
+    log.write(report(10, flag(5)), {5: drawn, 8: card(1)}, {5: 3})  # concept 8 has no slot
     log.close()
-    events = read(tmp_path)
-    assert events.Tags()["images"] == ["concept_guard/cards/slot_3"]
-    (event,) = events.Images("concept_guard/cards/slot_3")
-    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
-    drawn = (card_image(card()).permute(1, 2, 0) * 255).numpy().astype(np.uint8)
-    np.testing.assert_array_equal(pixels, drawn)
+    found = read(tmp_path)
+    assert found.Tags()["images"] == ["concept_guard/cards/slot_3"]
+    (event,) = found.Images("concept_guard/cards/slot_3")
+    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string))).astype(int)
+    caption = "concept 5 towards dog, found: risk difference +0.40, q = 1.0e-02"
+    sheet = (card_image(drawn, caption).permute(1, 2, 0) * 255).numpy().astype(int)
+    assert (event.height, event.width) == sheet.shape[:2] == pixels.shape[:2]
+    assert np.abs(pixels - sheet).mean() < 6  # a JPEG
+    other = (card_image(drawn, caption.replace("5", "8")).permute(1, 2, 0) * 255).numpy()
+    assert np.abs(pixels - other)[:20].mean() > 1.05 * np.abs(pixels - sheet)[:20].mean()
 
 
-def test_a_round_with_the_worst_card_stays_small(tmp_path: Path) -> None:
-    log = EventLog(tmp_path)
-    log.write(report(10, flag(5)), {5: card()}, {5: 0})
-    log.close()
+def test_a_hundred_rounds_of_the_worst_cards_in_all_slots_fit_into_20_mb(tmp_path: Path) -> None:
+    noise = [card(k) for k in range(8)]
+    cards = {k: replace(c, errors=c.images.flip(0)) for k, c in enumerate(noise)}
+    log = EventLog(tmp_path, hparams={"seed": 0})
+    flags = [flag(k, "erased") for k in range(8)]
+    log.write(report(1, *flags, erased=tuple(range(8))), cards, {k: k for k in range(8)})
     (file,) = tmp_path.iterdir()
-    assert file.stat().st_size < 600_000  # 852 x 216 x 3 bytes of noise, and 4 kB of the rest
+    assert 120_000 < file.stat().st_size < 200_000
+    before = file.stat().st_size
+    log.write(report(2, *flags, erased=tuple(range(8))), cards, {k: k for k in range(8)})
+    assert file.stat().st_size - before < 12_000  # nothing new is shown
+    for step in range(3, 11):  # of eight re-estimations
+        log.estimated(step, range(8), 0.5)
+    log.close()
+    assert file.stat().st_size < 215_000
+
+
+def test_a_card_is_written_again_when_it_shows_something_else(tmp_path: Path) -> None:
+    one, other = card(), card(1)
+    log = EventLog(tmp_path)
+    log.write(report(1, flag(5)), {5: one}, {5: 0})
+    log.write(report(2, flag(5)), {5: one}, {5: 0})
+    log.write(report(3, flag(5)), {5: other}, {5: 0})  # other images
+    log.write(report(4, flag(5, "erased"), erased=(5,)), {5: other}, {5: 0})  # another status
+    log.write(report(5, flag(5, "erased"), erased=(5,)), {5: other}, {5: 1})  # another slot
+    log.close()
+    assert sorted(read_history(tmp_path).cards) == [(1, 0), (3, 0), (4, 0), (5, 1)]
 
 
 def test_the_report_and_human_acts_share_one_text_tag(tmp_path: Path) -> None:
     log = EventLog(tmp_path, class_names=["cat", "dog"], file_names=list("abcdef"))
     log.write(report(100, flag(5)), {}, {5: 0})
-    log.act(140, "erase: concept 5")
+    log.act(140, Act("erase", (5,), "erase: concept 5", "person"))
     log.close()
     (step, text), act = texts(read(tmp_path))
     assert step == 100
@@ -204,6 +253,7 @@ def test_hyperparameters_make_no_second_run_and_no_second_file(tmp_path: Path) -
     assert plugin.plugin_name == "hparams"
     assert b"pre_logits" in plugin.content
     assert b"('project',)" in plugin.content
+    assert "_hparams_/session_end_info" in live.summary_metadata
 
 
 def test_without_hyperparameters_none_are_written(tmp_path: Path) -> None:
@@ -234,51 +284,51 @@ def test_an_act_right_after_resuming_keeps_the_round_of_that_step(tmp_path: Path
         first.write(report(step), {}, {})
     first.close()
     resumed = EventLog(tmp_path)
-    resumed.act(100, "veto: concept 5")
+    resumed.act(100, Act("veto", (5,), "veto: concept 5"))
     resumed.close()
     events = read(tmp_path)
     assert [e.step for e in events.Scalars("concept_guard/probe/top1")] == [100]
     assert (100, "veto: concept 5") in texts(events)
 
 
-def test_a_folder_that_cannot_be_written_warns_once_and_names_it(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    folder = tmp_path / "file" / "run"
-    log = EventLog(folder)
+def test_a_folder_that_cannot_be_written_warns_once_and_events_wait(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    log = EventLog(blocked / "run")
     with pytest.warns(UserWarning, match=r"log_dir='.*file/run' cannot be written.*log_dir=None"):
         log.write(report(10), {}, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        log.act(15, Act("erase", (5,), "erase 5", "person"))
+        blocked.unlink()
         log.write(report(20), {}, {})
-        log.act(20, "erase: concept 5")
         log.close()
+    points = [e.step for e in read(blocked / "run").Scalars("concept_guard/probe/top1")]
+    assert points == [10, 20]
+    history = read_history(blocked / "run")
+    assert [e.step for e in history.acts] == [15]
+    assert not history.problems
+
+
+def test_a_folder_that_stays_unwritable_costs_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    log = EventLog(tmp_path / "file" / "run")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(5):
+            log.write(report(step), {}, {})
+        log.close()
+    assert len(caught) == 1
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-@pytest.mark.parametrize("method", ["flush", "close"])
-def test_a_disk_that_fills_up_later_does_not_stop_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+def test_errors_that_are_not_the_disks_are_not_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_writer: SummaryWriter) -> None:
-        raise OSError(28, "No space left on device")
-
-    log = EventLog(tmp_path)
-    log.write(report(10), {}, {})
-    monkeypatch.setattr(SummaryWriter, method, full)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        log.write(report(20), {}, {})
-        log.close()
-    (warning,) = caught
-    assert warning.category is UserWarning
-    assert "No space left on device" in str(warning.message)
-
-
-def test_other_errors_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_writer: SummaryWriter) -> None:
+    def broken(_events: object) -> bytes:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(SummaryWriter, "flush", broken)
+    monkeypatch.setattr(events, "_records", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         EventLog(tmp_path).write(report(10), {}, {})
 
@@ -303,7 +353,8 @@ def test_nothing_is_written_without_a_folder_or_before_the_first_event(
     log = EventLog(folder)
     if folder is None:
         log.write(report(10), {5: card()}, {5: 0})
-        log.act(10, "erase: concept 5")
+        log.act(10, Act("erase", (5,)))
+        log.estimated(10, [5], 0.0)
     log.close()
     assert list(tmp_path.iterdir()) == []
 

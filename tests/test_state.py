@@ -14,7 +14,7 @@ from concept_guard import state
 from concept_guard.directions import Concept, DirectionPairs, WithinClassPair
 from concept_guard.errors import StateError
 from concept_guard.flags import Flag
-from concept_guard.records import RoundReport
+from concept_guard.records import Group, RoundReport
 from concept_guard.tracking import Tracked
 
 CPU = torch.device("cpu")
@@ -62,7 +62,8 @@ def report(rng: torch.Generator) -> RoundReport:
     values |= {"step": 70, "errors_seen": 12, "images_seen": 100, "verdict": "flagged: something"}
     values |= {"concepts": concepts, "flags": flags, "erased": (0,), "leak": {0: 0.01}}
     values |= {"accuracy_if_erased": None, "drift": {1: 0.9}, "new": (1,), "vanished": (0, 2)}
-    values |= {"notes": ("1 of 3 concepts is missing",)}
+    values |= {"notes": ("1 of 3 concepts is missing",), "withdrawn": (4,)}
+    values |= {"groups": (Group(1, 0, True, 5, 0.8, None), Group(1, 0, False, 0, None))}
     return RoundReport(**values)
 
 
@@ -122,9 +123,9 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
     [
         (
             saved_state(schema_version=99),
-            "guard state has schema_version 99, expected 7; load it with the concept_guard version",
+            "guard state has schema_version 99, expected 8; load it with the concept_guard version",
         ),
-        ({}, "guard state has schema_version None, expected 7"),
+        ({}, "guard state has schema_version None, expected 8"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
             {"schema_version": state.SCHEMA_VERSION, "model": MODEL},

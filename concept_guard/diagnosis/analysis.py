@@ -28,11 +28,12 @@ from concept_guard.errors import ProbeError
 from concept_guard.explanation import behind
 from concept_guard.influence import GlobalInfluence, global_influence
 from concept_guard.leaks import Leaks
-from concept_guard.measures import Group, not_finite, pseudo_groups
+from concept_guard.measures import not_finite, pseudo_groups
+from concept_guard.picturing import cards_of, filters_of
 from concept_guard.probe import Batches, images_at, probe_batches
 from concept_guard.reading import Reading, checked_pair
-from concept_guard.records import RoundReport
-from concept_guard.reporting import HELD, cards_of, filters_of, report
+from concept_guard.records import Group, RoundReport
+from concept_guard.reporting import HELD, report
 from concept_guard.rounds import Findings, look
 from concept_guard.taps import Tap
 

@@ -23,8 +23,8 @@ from concept_guard.report import (
     Picture,
     Report,
     SuspectEntry,
-    jpeg,
 )
+from concept_guard.report.pictures import jpeg
 from concept_guard.reporting import HELD
 
 MOST_INFLUENCE = 40  # rows of the table of influence
@@ -70,6 +70,7 @@ def contents(
             SuspectEntry(i, NO_FLAG, of[i], _drawn(analysis.cards, i)) for i in analysis.suspects
         ),
         trained=tuple(_trained(f, subject, analysis, history) for f in history.flags),
+        history=history.rounds,
         comparisons=history.comparisons,
         notes=_notes(subject, analysis),
         command=command,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from concept_guard.cards import Card
 from concept_guard.flags import Flag
+from concept_guard.history import RunHistory
 from concept_guard.report import Comparison
 
 Cards = Mapping[int, Card]
@@ -24,6 +25,7 @@ class History:
         next_id: First id that no concept has had while training.
         leak: Concept id to the risk difference that the last round left of it.
         readable: Concept id to how well a fresh linear probe read it then.
+        rounds: What was seen and done, round by round, as the run's log has it.
     """
 
     flags: tuple[Flag, ...] = ()
@@ -32,3 +34,4 @@ class History:
     next_id: int = 0
     leak: Mapping[int, float] = field(default_factory=dict)
     readable: Mapping[int, float] = field(default_factory=dict)
+    rounds: RunHistory | None = None

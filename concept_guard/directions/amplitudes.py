@@ -3,8 +3,8 @@
 Nothing here knows how presence was found.
 """
 
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -97,7 +97,7 @@ def _that_read(white: Tensor, directions: Tensor, present: Tensor) -> Tensor:
     """Return for each presence the direction that goes with it most, and no direction twice."""
     gate = present.to(white)
     alike = normalize(gate - gate.mean(dim=0), dim=0).T @ (white @ directions.T)
-    _, which = linear_sum_assignment(alike.abs().cpu().numpy(), maximize=True)
+    _, which = scipy.optimize.linear_sum_assignment(alike.abs().cpu().numpy(), maximize=True)
     at = torch.as_tensor(which, device=alike.device)
     return directions[at] * alike.gather(1, at[:, None]).sign()
 

@@ -6,8 +6,8 @@ Nothing here knows about models, rounds or flags.
 from collections.abc import Iterable
 from dataclasses import replace
 
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -177,7 +177,7 @@ def _beside(skewed: Candidates, groups: Candidates, lengths: Tensor) -> Tensor:
 def _in_order_of(known: Tensor, directions: Tensor) -> Tensor:
     """Return positions: directions that match known ones in their order, then the others."""
     alike = directions @ known.T
-    new, old = linear_sum_assignment(alike.cpu().numpy(), maximize=True)
+    new, old = scipy.optimize.linear_sum_assignment(alike.cpu().numpy(), maximize=True)
     pairs = sorted((o, n) for n, o in zip(new, old, strict=True) if float(alike[n, o]) > NEAR)
     first = [n for _, n in pairs]
     rest = [n for n in range(len(directions)) if n not in first]

@@ -3,8 +3,8 @@
 Nothing here knows what the rows are read for.
 """
 
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from concept_guard.directions.scatter import Scatter
@@ -35,5 +35,7 @@ def leading(scatter: Scatter, most: int = MOST_AXES) -> Tensor:
     with few_threads(rows.numel()):
         covariance = (scatter.product / len(rows)).to(rows.dtype).cpu().numpy()
         top = (channels - most, channels - 1)
-        _, axes = eigh(covariance, subset_by_index=top, check_finite=False, overwrite_a=True)
+        _, axes = scipy.linalg.eigh(
+            covariance, subset_by_index=top, check_finite=False, overwrite_a=True
+        )
         return torch.from_numpy(axes).to(rows)

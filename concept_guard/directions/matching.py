@@ -3,8 +3,8 @@
 Nothing here knows about models or flags.
 """
 
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from concept_guard.directions.pairs import DirectionPairs
@@ -37,7 +37,7 @@ def match(last: Tensor, new: Tensor, *, least: float = 0.5) -> dict[int, int]:
         Position in this round to position in the last round, for the matched ones.
     """
     alike = agreement(last, new)
-    old, now = linear_sum_assignment(alike.cpu().numpy(), maximize=True)
+    old, now = scipy.optimize.linear_sum_assignment(alike.cpu().numpy(), maximize=True)
     pairs = zip(now.tolist(), old.tolist(), strict=True)
     return {n: o for n, o in pairs if float(alike[o, n]) >= least}
 

@@ -5,8 +5,8 @@ Nothing here knows where the guess is from or what presence is used for.
 
 from dataclasses import dataclass
 
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from concept_guard.directions.scatter import Scatter, group_sums
@@ -56,7 +56,7 @@ class Membership:
     @property
     def chance(self) -> float:
         """Probability of so few rows in the valley if they were as likely there as at the peak."""
-        return float(binom.cdf(self.valley, self.valley + self.peak, 0.5))
+        return float(scipy.stats.binom.cdf(self.valley, self.valley + self.peak, 0.5))
 
     @property
     def own_separation(self) -> float:
@@ -66,7 +66,9 @@ class Membership:
     @property
     def own_chance(self) -> float:
         """The same as `chance` in the class itself, for its rows without the concept."""
-        return float(binom.cdf(self.own_valley, self.own_valley + self.own_absence, 0.5))
+        return float(
+            scipy.stats.binom.cdf(self.own_valley, self.own_valley + self.own_absence, 0.5)
+        )
 
 
 def refine_membership(scatter: Scatter, present: Tensor, class_index: int) -> Membership | None:

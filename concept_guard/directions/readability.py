@@ -4,8 +4,8 @@ Nothing here knows what was done to the rows, or what follows from the answer.
 """
 
 import numpy as np
+import scipy  # its parts are imported when they are first used
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from concept_guard.directions.scatter import FOLDS, folds
@@ -97,7 +97,7 @@ def _compared(factors: np.ndarray, carried: np.ndarray, strata: np.ndarray) -> f
         at = strata == stratum
         on = carried[at]
         n1, n0 = int(on.sum()), int((~on).sum())
-        ranks = rankdata(factors[at])[on].sum()
+        ranks = scipy.stats.rankdata(factors[at])[on].sum()
         right += float(ranks - n1 * (n1 + 1) / 2) / (n1 + n0 + 1)
         weights += n1 * n0 / (n1 + n0 + 1)
     return right / weights if weights else None

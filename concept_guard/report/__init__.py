@@ -1,4 +1,7 @@
-"""Stage 5: a page that shows which concepts drive errors, in one file that opens from disk."""
+"""Stage 5: pages on what drives errors, and on what the guard saw and did, without a server.
+
+Only `pictures` imports torch: TensorBoard shows the view of a run too, and must start at once.
+"""
 
 from concept_guard.report.contents import (
     BeforeAfter,
@@ -14,7 +17,7 @@ from concept_guard.report.contents import (
     SuspectEntry,
 )
 from concept_guard.report.page import render, write_html
-from concept_guard.report.pictures import jpeg, png
+from concept_guard.report.runs import fragment, run_page, style
 
 __all__ = [
     "BeforeAfter",
@@ -28,8 +31,9 @@ __all__ = [
     "Picture",
     "Report",
     "SuspectEntry",
-    "jpeg",
-    "png",
+    "fragment",
     "render",
+    "run_page",
+    "style",
     "write_html",
 ]

@@ -5,6 +5,8 @@ Nothing here knows how it is drawn, or which program asks for the page.
 
 from dataclasses import dataclass
 
+from concept_guard.history import RunHistory
+
 HELD = ("found", "erased", "waiting")
 NOT_HELD = ("vetoed", "unconfirmed")
 
@@ -227,6 +229,7 @@ class Report:
         other_errors: Misclassified files that are listed under no concept.
         suspects: Concepts without a flag that speak most for errors, in this order.
         trained: The flags of the guard while the model was trained, in any order.
+        history: What the guard saw and did while the model was trained, round by round.
         comparisons: Effects of the training with the guard.
         notes: What else the reader must know.
         command: The command that wrote the page.
@@ -243,6 +246,7 @@ class Report:
     other_errors: tuple[ErrorRow, ...]
     suspects: tuple[SuspectEntry, ...] = ()
     trained: tuple[ConceptEntry, ...] = ()
+    history: RunHistory | None = None
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
     command: str = ""

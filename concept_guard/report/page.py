@@ -3,7 +3,6 @@
 Nothing here knows how concepts were found or confirmed, or which program asks for the page.
 """
 
-import base64
 import math
 import os
 from collections import Counter
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from concept_guard.report.contents import (
     HELD,
@@ -20,16 +19,16 @@ from concept_guard.report.contents import (
     Contribution,
     ErrorRow,
     GroupRow,
-    Picture,
     Report,
 )
+from concept_guard.report.drawing import data_uri, environment, style
+from concept_guard.report.runs import embedded
+from concept_guard.report.words import number, signed
 
 SMALL_GROUP = 5  # images; the accuracy of fewer says nothing
 WORST_GROUPS = 3  # that stand out in the table
 STRONGEST = 8  # contributions in the bars of an image
 MOST_CLASSES = 12  # counted above a list of errors
-
-_KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
 def render(report: Report) -> str:
@@ -42,32 +41,30 @@ def render(report: Report) -> str:
     Returns:
         The document. The same report gives the same document.
     """
-    environment = Environment(
-        loader=PackageLoader("concept_guard.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    templates = environment(
+        {
+            "bar": _bar,
+            "counts": _counts,
+            "classes": _true_classes,
+            "data_uri": data_uri,
+            "number": number,
+            "repaired": _repaired,
+            "sentence": _sentence,
+            "signed": signed,
+            "small": _small,
+            "strength": _strength,
+            "strongest": _strongest,
+        }
     )
-    environment.filters |= {
-        "bar": _bar,
-        "counts": _counts,
-        "classes": _true_classes,
-        "data_uri": _data_uri,
-        "number": _number,
-        "repaired": _repaired,
-        "sentence": _sentence,
-        "signed": _signed,
-        "small": _small,
-        "strength": _strength,
-        "strongest": _strongest,
-    }
     ordered = sorted(report.concepts, key=_evidence)
     held = [entry for entry in ordered if entry.status in HELD]
     not_held = [entry for entry in ordered if entry.status in NOT_HELD]
     trained = sorted(report.trained, key=_evidence)
-    return environment.get_template("template.html.j2").render(
+    told = "" if report.history is None else embedded([report.history], level=3)
+    return templates.get_template("template.html.j2").render(
         report=report,
+        style=Markup(style()),  # noqa: S704, a file of this package
+        history=Markup(told),  # noqa: S704, escaped by its own template
         held=held,
         not_held=not_held,
         trained=trained,
@@ -216,32 +213,3 @@ def _counts(names: Sequence[str], most: int = MOST_CLASSES) -> str:
     parts = [f"{name} ({count})" for name, count in counted[:most]]
     left = len(counted) - len(parts)
     return ", ".join(parts) + (f" and {left} more" if left else "")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2g}"
-
-
-def _data_uri(picture: Picture) -> str:
-    """Return a picture as text that stands where its address would.
-
-    Args:
-        picture: Bytes of a file.
-
-    Returns:
-        A data URI.
-
-    Raises:
-        ValueError: If it is neither PNG nor JPEG.
-    """
-    for magic, kind in _KINDS.items():
-        if picture.startswith(magic):
-            return f"data:{kind};base64,{base64.b64encode(picture).decode('ascii')}"
-    raise ValueError(
-        f"picture of {len(picture)} bytes begins with {picture[:8]!r}, expected the bytes of a "
-        "PNG or JPEG file; encode it with concept_guard.report.png or jpeg"
-    )

@@ -5,7 +5,6 @@ Nothing here knows how recipes are written or how results are shown.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from concept_guard import ConceptGuard
-from concept_guard.decisions import call_to_decide, waiting
 from concept_guard.errors import BakeError
 from concept_guard.training.building import build_model, build_optimizer, build_scheduler
 from concept_guard.training.checkpoints import (
@@ -32,14 +29,13 @@ from concept_guard.training.checkpoints import (
 from concept_guard.training.images import check_all
 from concept_guard.training.interrupts import Interrupted, Interrupts
 from concept_guard.training.outcomes import Answers, Round, answer
+from concept_guard.training.progress import Progress
 from concept_guard.training.recipe import Recipe
 from concept_guard.training.splits import Splits, epoch_batches, ordered, updates_per_epoch
 
 if TYPE_CHECKING:
     from concept_guard.diagnosis import Cards
     from concept_guard.flags import Flag
-
-_logger = logging.getLogger(__name__)
 
 
 class Leg:
@@ -152,29 +148,34 @@ class Leg:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.updates == 0:
             seed_everything(self.recipe.seed)
-        with tqdm(
-            total=self.total,
-            initial=self.updates,
-            desc=self.name,
-            unit="update",
-            mininterval=0.5,
-            disable=None,  # no bar where there is no terminal; the log lines tell
-        ) as bar:
+        progress = self._progress()
+        with progress.bar:
             while len(self.history) < self.recipe.epochs:
                 epoch = len(self.history)
                 skip = self.updates - epoch * self.updates_per_epoch
                 self.model.train()
                 for images, labels in epoch_batches(self.splits, self.recipe, epoch, skip):
-                    self._update(images.to(self.device), labels.to(self.device))
-                    bar.update()
+                    self._update(images.to(self.device), labels.to(self.device), progress)
                     if interrupts.requested:
                         self.save()
                         at = f"update {self.updates} of {self.total} ({self.name})"
                         raise Interrupted(f"stopped after {at}, which is saved")
-                self._end_epoch()
+                self._end_epoch(progress)
                 self.save()
 
-    def _update(self, images: Tensor, labels: Tensor) -> None:
+    def _progress(self) -> Progress:
+        return Progress(
+            self.name,
+            epochs=self.recipe.epochs,
+            total=self.total,
+            interval=self.recipe.log_interval,
+            folder=self.folder,
+            corrects=bool(self.recipe.guard.action),
+            updates=self.updates,
+            erased=() if self.guard is None else self.guard.erased,
+        )
+
+    def _update(self, images: Tensor, labels: Tensor, progress: Progress) -> None:
         losses = F.cross_entropy(self.model(images), labels, reduction="none")
         loss = losses.mean() if self.guard is None else self.guard.loss(losses, labels)
         loss.backward()
@@ -185,19 +186,13 @@ class Leg:
         report = None if self.guard is None else self.guard.step()
         self._losses += loss.detach()
         check_all(self.splits.files())
+        shown = progress.wants_loss(self.updates)
+        progress.update(self.updates, float(loss.detach()) if shown else None)
         if report is not None:
             self.rounds.append(Round.of(report))
-            _logger.info("update %d, guard: %s", report.step, report.verdict)
-            waits = call_to_decide(self.folder, waiting(report.flags))
-            if waits:
-                _logger.info("update %d, %s", report.step, waits)
-        if self.updates % self.recipe.log_interval == 0:
-            mean = float(loss.detach())
-            _logger.info(
-                "%s: update %d of %d, loss %.3f", self.name, self.updates, self.total, mean
-            )
+            progress.round(report)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, progress: Progress) -> None:
         heard = self.answer("probe")
         row = {
             "epoch": len(self.history),
@@ -209,14 +204,7 @@ class Leg:
         self._losses.zero_()
         self.history.append(row)
         write_summary(self.folder, self.history)
-        _logger.info(
-            "%s: epoch %d of %d, loss %.3f, probe accuracy %.3f",
-            self.name,
-            len(self.history),
-            self.recipe.epochs,
-            row["train_loss"],
-            heard.accuracy,
-        )
+        progress.epoch(self.updates, len(self.history), row["train_loss"], heard.accuracy)
 
     def finish(self) -> None:
         """Fold the guard's correction into the weights and take the guard off the model.

@@ -19,6 +19,7 @@ from concept_guard.diagnosis import (
     analyse,
     write_report,
 )
+from concept_guard.history import read_history
 from concept_guard.training.images import Images
 from concept_guard.training.loop import Leg
 from concept_guard.training.outcomes import Measure, Round, causes, describe, table
@@ -132,6 +133,7 @@ def _history(leg: Leg, rows: Rows) -> History:
         next_id=leg.next_id,
         leak={} if last is None else last.leak,
         readable={} if last is None else last.readable,
+        rounds=read_history(leg.folder, str(leg.folder)),
     )
 
 

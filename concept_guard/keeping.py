@@ -1,0 +1,177 @@
+"""Stage 5: from the record of a round, and from acts, to what the history of the run keeps.
+
+Nothing here knows how entries are written or drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from concept_guard import tags
+from concept_guard.decisions import now
+from concept_guard.entries import (
+    ActEntry,
+    ActName,
+    ConceptEntry,
+    FlagEntry,
+    GroupEntry,
+    RoundEntry,
+    StartEntry,
+)
+from concept_guard.flags import Flag
+from concept_guard.records import RoundReport, evidence
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that the guard or a person did.
+
+    Attributes:
+        name: What was done.
+        concepts: Ids of the concepts it was done to.
+        text: The same in words.
+        by: Who did it.
+    """
+
+    name: ActName
+    concepts: tuple[int, ...] = ()
+    text: str = ""
+    by: Literal["guard", "person"] = "guard"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What people call classes and probe images.
+
+    Attributes:
+        classes: Shown instead of class indices, if they are known.
+        files: Shown instead of probe indices, if they are known.
+    """
+
+    classes: Sequence[str] | None = None
+    files: Sequence[str] | None = None
+
+    def of_class(self, index: int) -> str:
+        """Return the name of a class, or its index."""
+        known = self.classes is not None and index < len(self.classes)
+        return str(self.classes[index]) if known and self.classes else str(index)
+
+    def of_image(self, index: int) -> str:
+        """Return the name of a probe image, or its index in words."""
+        known = self.files is not None and index < len(self.files)
+        return str(self.files[index]) if known and self.files else f"probe image {index}"
+
+
+def start_entry(
+    step: int, version: str, model: str, settings: Mapping[str, object], names: Names
+) -> StartEntry:
+    """Return that a guard began to write.
+
+    Args:
+        step: Optimizer updates so far.
+        version: Of concept_guard.
+        model: Class of the network.
+        settings: Of the guard.
+        names: Of the classes.
+
+    Returns:
+        The entry.
+    """
+    return StartEntry(
+        step=step,
+        time=now(),
+        version=version,
+        model=model,
+        settings={name: str(value) for name, value in settings.items()},
+        classes=tuple(map(str, names.classes or ())),
+    )
+
+
+def act_entry(step: int, act: Act) -> ActEntry:
+    """Return what the history keeps of an act.
+
+    Args:
+        step: Optimizer updates so far.
+        act: What was done.
+
+    Returns:
+        The entry.
+    """
+    return ActEntry(
+        step=step, time=now(), act=act.name, concepts=act.concepts, text=act.text, by=act.by
+    )
+
+
+def round_entry(report: RoundReport, slots: Mapping[int, int], names: Names) -> RoundEntry:
+    """Return what the history keeps of a round: all its numbers, and the concepts that mattered.
+
+    Args:
+        report: The round.
+        slots: Concept id to slot of the TensorBoard page.
+        names: Of classes and probe images.
+
+    Returns:
+        The entry.
+    """
+    values = tags.round_values(report)
+    return RoundEntry(
+        step=report.step,
+        time=now(),
+        verdict=report.verdict,
+        notes=tuple(note for note in (report.identity, *report.notes) if note),
+        numbers={tag.removeprefix(tags.PREFIX): value for tag, value in values.items()},
+        images=report.images_seen,
+        errors=report.errors_seen,
+        concepts=_concepts(report, slots, names),
+        groups=tuple(
+            GroupEntry(
+                concept=group.concept,
+                class_name=names.of_class(group.class_index),
+                carried=group.carried,
+                images=group.images,
+                accuracy=group.accuracy,
+                accuracy_uncorrected=group.accuracy_uncorrected,
+            )
+            for group in report.groups
+        ),
+        new=report.new,
+        vanished=report.vanished,
+        found=len(report.concepts),
+    )
+
+
+def _concepts(
+    report: RoundReport, slots: Mapping[int, int], names: Names
+) -> tuple[ConceptEntry, ...]:
+    rates = {concept.id: concept.presence_rate for concept in report.concepts}
+    flags: dict[int, list[FlagEntry]] = {}
+    for flag in sorted(report.flags, key=evidence):
+        flags.setdefault(flag.concept, []).append(_flag(flag, names))
+    return tuple(
+        ConceptEntry(
+            id=i,
+            slot=slots.get(i),
+            presence_rate=rates.get(i),
+            flags=tuple(flags.get(i, ())),
+            erased=i in report.erased,
+            leak=report.leak.get(i),
+            readable=report.readable.get(i),
+            drift=report.drift.get(i),
+        )
+        for i in dict.fromkeys((*flags, *slots, *report.erased))
+    )
+
+
+def _flag(flag: Flag, names: Names) -> FlagEntry:
+    return FlagEntry(
+        class_name=names.of_class(flag.class_index),
+        risk_difference=flag.risk_difference,
+        interval=flag.interval,
+        q_value=flag.q_value,
+        fixed=flag.fixed,
+        broken=flag.broken,
+        present=flag.present,
+        status=flag.status,
+        reason=flag.reason,
+        examples=tuple(map(names.of_image, flag.examples)),
+    )

@@ -1,0 +1,49 @@
+"""Stage 1: what the files of the probe images are called, if its data set says so.
+
+Nothing here reads an image.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader, SequentialSampler, Subset
+
+
+def file_names(probe: object, images: int) -> tuple[str, ...] | None:
+    """Return the names of the files of the probe images, in its order.
+
+    Data sets of timm tell them by `filename`, folders of torchvision by `samples`.
+
+    Args:
+        probe: A loader; anything else has no names.
+        images: How many there are; another number of names belongs to something else.
+
+    Returns:
+        Paths below the folder that all have in common; None if they are not known.
+    """
+    dataset = getattr(probe, "dataset", None)
+    sampler = getattr(probe, "sampler", None)
+    in_order = not isinstance(probe, DataLoader) or isinstance(sampler, SequentialSampler)
+    if dataset is None or not in_order:
+        return None
+    try:
+        name, size = _naming(dataset), len(dataset)
+        if name is None or size != images:
+            return None
+        paths = [str(name(index)) for index in range(size)]
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+        return tuple(os.path.relpath(path, root) if root else path for path in paths)
+    except Exception:  # whatever a data set does when it is asked, it is trained on all the same
+        return None
+
+
+def _naming(dataset: Any) -> Callable[[int], object] | None:
+    """Return position to name, through subsets."""
+    if isinstance(dataset, Subset):
+        within, at = _naming(dataset.dataset), dataset.indices
+        return None if within is None else lambda index: within(at[index])
+    if callable(getattr(dataset, "filename", None)):
+        return lambda index: dataset.filename(index)
+    samples = getattr(dataset, "samples", None)
+    return None if samples is None else lambda index: samples[index][0]
