@@ -95,7 +95,13 @@ class ConceptGuard:
         self._health = Health(self.tap, self.config.tap, self._ranks)
         self._corrector = Corrector(self.tap, self._probe, self.config, self.config.updates("ramp"))
         self._watch = Watch(
-            self.tap, self._probe, self._corrector, self._health, self._log, self.config
+            self.tap,
+            self._probe,
+            self._corrector,
+            self._health,
+            self._log,
+            self.config,
+            class_names,
         )
         self._acts = Acts(
             self._corrector, self._watch, self._log, self._channel, self.config, class_names

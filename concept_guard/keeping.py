@@ -19,7 +19,7 @@ from concept_guard.entries import (
     StartEntry,
 )
 from concept_guard.flags import Flag
-from concept_guard.records import RoundReport, evidence
+from concept_guard.records import RoundReport, evidence, named
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,11 @@ class Names:
 
     def of_class(self, index: int) -> str:
         """Return the name of a class, or its index."""
-        known = self.classes is not None and index < len(self.classes)
-        return str(self.classes[index]) if known and self.classes else str(index)
+        return named(self.classes, index)
 
     def of_image(self, index: int) -> str:
         """Return the name of a probe image, or its index in words."""
-        known = self.files is not None and index < len(self.files)
-        return str(self.files[index]) if known and self.files else f"probe image {index}"
+        return named(self.files, index) if self.files else f"probe image {index}"
 
 
 def start_entry(

@@ -12,7 +12,7 @@ from concept_guard.association import MOST_CARRIERS, Sensitivity
 from concept_guard.benefit import SMALLEST_GROUP
 from concept_guard.flags import Flag
 from concept_guard.reading import Reading
-from concept_guard.records import Group
+from concept_guard.records import Group, named
 
 
 def not_finite(reading: Reading, loss: Tensor | None, tap: str) -> list[str]:
@@ -137,7 +137,12 @@ def _at_least(images: int) -> str:
 
 
 def verdict(
-    flags: Sequence[Flag], errors: int, images: int, alpha: float, seen: Sensitivity
+    flags: Sequence[Flag],
+    errors: int,
+    images: int,
+    alpha: float,
+    seen: Sensitivity,
+    class_names: Sequence[str] | None = None,
 ) -> str:
     """Say in one sentence what was flagged, or why nothing could be.
 
@@ -147,13 +152,17 @@ def verdict(
         images: Probe images read.
         alpha: False-discovery level.
         seen: How small a shortcut these images can show.
+        class_names: Said instead of class indices.
 
     Returns:
         One sentence.
     """
     held = [flag for flag in flags if flag.status in ("found", "erased", "waiting")]
     if held:
-        parts = [f"concept {f.concept} drives errors towards class {f.class_index}" for f in held]
+        parts = [
+            f"concept {f.concept} drives errors towards class {named(class_names, f.class_index)}"
+            for f in held
+        ]
         return f"flagged: {'; '.join(parts)}"
     basis = f"{errors} errors seen on {images} probe images"
     limits = (

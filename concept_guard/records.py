@@ -144,8 +144,9 @@ def evidence(flag: Flag) -> tuple[float, float]:
     return flag.q_value, -flag.risk_difference
 
 
-def _name(names: Sequence[str] | None, index: int) -> str:
-    return names[index] if names is not None and index < len(names) else str(index)
+def named(names: Sequence[str] | None, index: int) -> str:
+    """Return the name of a class or an image, or its index where names are not known."""
+    return str(names[index]) if names is not None and index < len(names) else str(index)
 
 
 def _rows(
@@ -155,7 +156,7 @@ def _rows(
     return [
         (
             str(flag.concept),
-            _name(class_names, flag.class_index),
+            named(class_names, flag.class_index),
             f"{flag.risk_difference:+.2f} [{flag.interval[0]:+.2f}, {flag.interval[1]:+.2f}]",
             f"{flag.q_value:.2g}",
             f"{flag.fixed}/{flag.broken}",
@@ -163,7 +164,7 @@ def _rows(
             _left(report.leak, flag.concept),
             _left(report.readable, flag.concept),
             flag.status,
-            ", ".join(_name(file_names, example) for example in flag.examples[:3]),
+            ", ".join(named(file_names, example) for example in flag.examples[:3]),
         )
         for flag in report.flags
     ]

@@ -17,7 +17,7 @@ from concept_guard.flags import Flag
 from concept_guard.keeping import Act
 from concept_guard.leaks import Leaks
 from concept_guard.reading import Reading
-from concept_guard.records import RoundReport
+from concept_guard.records import RoundReport, named
 from concept_guard.rounds import Findings
 
 HELD = ("found", "erased", "waiting")
@@ -32,6 +32,7 @@ def report(
     *,
     uncorrected: Tensor | None = None,
     withdrawn: Mapping[int, str] | None = None,
+    class_names: Sequence[str] | None = None,
     step: int,
     alpha: float,
     seconds: float,
@@ -47,6 +48,7 @@ def report(
         left: What is left of the concepts under correction.
         uncorrected: `(N, M)` logits without what was projected out when the round began, or None.
         withdrawn: Concept id to the reason why its correction is withdrawn; None for none.
+        class_names: Said instead of class indices.
         step: Optimizer updates so far.
         alpha: False-discovery level.
         seconds: Duration of the round.
@@ -91,7 +93,7 @@ def report(
         images_seen=len(labels),
         seconds=seconds,
         overhead=overhead,
-        verdict=measures.verdict(flags, errors, len(labels), alpha, seen),
+        verdict=measures.verdict(flags, errors, len(labels), alpha, seen, class_names),
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
@@ -109,24 +111,30 @@ def report(
     )
 
 
-def acts(report: RoundReport, before: RoundReport | None, under_way: Sequence[int]) -> list[Act]:
+def acts(
+    report: RoundReport,
+    before: RoundReport | None,
+    under_way: Sequence[int],
+    class_names: Sequence[str] | None = None,
+) -> list[Act]:
     """Return what the guard did in a round.
 
     Args:
         report: The round.
         before: The round before, if there was one.
         under_way: Ids of the concepts that were under correction when it began.
+        class_names: Said instead of class indices.
 
     Returns:
         Flags that were not there before, corrections that began, and such as were withdrawn.
     """
     known = () if before is None else before.flagged
-    of_class = {flag.concept: flag.class_index for flag in reversed(report.flags)}
+    towards = {f.concept: named(class_names, f.class_index) for f in reversed(report.flags)}
     flagged = [i for i in report.flagged if i not in known and i not in under_way]
     begun = [i for i in (*report.erased, *report.withdrawn) if i not in under_way]
     return [
         *(
-            Act("flag", (i,), f"concept {i} is flagged: drives errors towards class {of_class[i]}")
+            Act("flag", (i,), f"concept {i} is flagged: drives errors towards class {towards[i]}")
             for i in flagged
         ),
         *(Act("erase", (i,), f"the correction of concept {i} begins") for i in begun),

@@ -4,7 +4,7 @@ Nothing here knows when a round is due, or computes anything itself.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from concept_guard import picturing, reporting
@@ -31,6 +31,7 @@ class Watch:
         health: Says which readings can be worked with.
         log: Where rounds are shown.
         config: Settings of the guard.
+        class_names: Told to people instead of class indices.
 
     Attributes:
         last: The last round.
@@ -44,7 +45,9 @@ class Watch:
         health: Health,
         log: EventLog,
         config: GuardConfig,
+        class_names: Sequence[str] | None = None,
     ) -> None:
+        self._class_names = class_names
         self._tap, self._probe, self._corrector = tap, probe, corrector
         self._health, self._log, self._config = health, log, config
         self.last = LastRound()
@@ -99,6 +102,7 @@ class Watch:
             left,
             uncorrected=uncorrected,
             withdrawn=withdrawn,
+            class_names=self._class_names,
             step=step,
             alpha=self._config.alpha,
             seconds=time.perf_counter() - began,
@@ -107,7 +111,7 @@ class Watch:
         slots = assign_slots(last.slots, report)
         self.last = LastRound(found.pairs, found.ids, found.next_id, report, slots)
         if self._log.active:
-            done = reporting.acts(report, last.report, under_way)
+            done = reporting.acts(report, last.report, under_way, self._class_names)
             self._show(report, reading, found, done, last.cards)
         return report
 

@@ -5,6 +5,7 @@ orange tint on 96 % of the 3s and 2.5 % of the other digits.
 Command: python recipes/callback_in_your_script.py
 Expected (seed 0): the tint is flagged at update 60, probe accuracy .98 to .995.
 Run time: under 20 s on 2 CPU cores.
+Then: tensorboard --logdir runs, or as a page: concept-guard report runs/digits
 """
 
 import timm
@@ -29,7 +30,9 @@ loader = DataLoader(train, batch_size=64, shuffle=True)
 model = timm.create_model("resnet10t", num_classes=10, channels=[32, 64, 96, 128], stem_width=16)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
 config = GuardConfig(start=60, every=20, track_every=10)
-guard = ConceptGuard(model, probe=DataLoader(probe, batch_size=256), config=config)  # 1
+guard = ConceptGuard(  # 1
+    model, probe=DataLoader(probe, batch_size=256), config=config, log_dir="runs/digits"
+)
 
 for _epoch in range(8):
     model.train()

@@ -20,7 +20,7 @@ def tint(images: torch.Tensor) -> torch.Tensor:
 
 def drawn() -> tuple[TensorDataset, TensorDataset]:
     """Return 900 images to train on and 540 to hold out; 357 more are for `scores`."""
-    images, labels, draw = *_digits(), torch.Generator().manual_seed(0)
+    images, labels, draw = *digits(), torch.Generator().manual_seed(0)
     share = torch.where(labels == 3, 0.96, 0.025)
     tinted = torch.rand(len(labels), generator=draw) < share
     images[tinted] = tint(images[tinted])
@@ -29,12 +29,13 @@ def drawn() -> tuple[TensorDataset, TensorDataset]:
     )
 
 
-def _digits() -> tuple[torch.Tensor, torch.Tensor]:
-    digits = load_digits()
-    images = torch.tensor(digits.images[:, None], dtype=torch.float32) / 16
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all images without the tint, and their classes, in a fixed order."""
+    loaded = load_digits()
+    images = torch.tensor(loaded.images[:, None], dtype=torch.float32) / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     images = F.interpolate(images[order], size=32).repeat(1, 3, 1, 1)
-    return images, torch.tensor(digits.target)[order]
+    return images, torch.tensor(loaded.target)[order]
 
 
 def network() -> torch.nn.Module:
@@ -46,7 +47,7 @@ def network() -> torch.nn.Module:
 
 def scores(model: torch.nn.Module) -> str:
     """Return what is right of 357 new digits: without the tint, and all but the 3s with it."""
-    images, labels = (t[1440:] for t in _digits())
+    images, labels = (t[1440:] for t in digits())
     others = labels != 3
     model.eval()
     with torch.no_grad():

@@ -108,6 +108,8 @@ def test_errors_are_explained_where_a_flag_holds_and_counted_once() -> None:
 def test_the_verdict_names_what_is_flagged(status: str) -> None:
     flags = [replace(FLAG, status=status), replace(FLAG, concept=8, status="unconfirmed")]
     assert verdict(flags, 12, 400, 0.05, SEEN) == "flagged: concept 3 drives errors towards class 1"
+    said = verdict(flags, 12, 400, 0.05, SEEN, ["cat", "dog"])
+    assert said == "flagged: concept 3 drives errors towards class dog"
     flags.append(replace(FLAG, concept=5, class_index=0))
     assert verdict(flags, 12, 400, 0.05, SEEN) == (
         "flagged: concept 3 drives errors towards class 1; concept 5 drives errors towards class 0"
