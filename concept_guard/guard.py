@@ -89,7 +89,7 @@ class ConceptGuard:
             model=self._model_name,
             hparams=self.config.model_dump(mode="json"),
             class_names=class_names,
-            file_names=file_names(probe, self._images),
+            file_names=file_names(self._probe, self._images),
         )
         self._channel = Channel(log_dir)
         self._health = Health(self.tap, self.config.tap, self._ranks)

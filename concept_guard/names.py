@@ -7,31 +7,29 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch.utils.data import Subset
+
+from concept_guard.probe import Batches
 
 
-def file_names(probe: object, images: int) -> tuple[str, ...] | None:
+def file_names(probe: Batches, images: int) -> tuple[str, ...] | None:
     """Return the names of the files of the probe images, in its order.
 
     Data sets of timm tell them by `filename`, folders of torchvision by `samples`.
 
     Args:
-        probe: A loader; anything else has no names.
+        probe: The probe.
         images: How many there are; another number of names belongs to something else.
 
     Returns:
         Paths below the folder that all have in common; None if they are not known.
     """
-    dataset = getattr(probe, "dataset", None)
-    sampler = getattr(probe, "sampler", None)
-    in_order = not isinstance(probe, DataLoader) or isinstance(sampler, SequentialSampler)
-    if dataset is None or not in_order:
-        return None
     try:
-        name, size = _naming(dataset), len(dataset)
-        if name is None or size != images:
+        dataset, places = probe.places or (None, [])
+        name = _naming(dataset)
+        if name is None or len(places) != images:
             return None
-        paths = [str(name(index)) for index in range(size)]
+        paths = [str(name(place)) for place in places]
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
         return tuple(os.path.relpath(path, root) if root else path for path in paths)
     except Exception:  # whatever a data set does when it is asked, it is trained on all the same

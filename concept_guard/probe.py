@@ -110,6 +110,15 @@ class Batches:
         """The same batches, all of them for this process."""
         return Batches(self._source, self._seed, own=self._own)
 
+    @property
+    def places(self) -> tuple[Any, list[int]] | None:
+        """The dataset behind the batches and the places in it, in their order; None if unknown."""
+        dataset = getattr(self._source, "dataset", None)
+        order = getattr(self._source, "sampler", None)
+        if dataset is None or not (self._own or isinstance(order, SequentialSampler)):
+            return None
+        return dataset, [int(index) for index in order or ()]
+
     def __iter__(self) -> Iterator[Any]:
         generators = _generators(self._source)
         states = [generator.get_state() for generator in generators]

@@ -379,7 +379,7 @@ def test_the_tab_is_an_own_frame_that_never_keeps_tensorboard_waiting(
     assert board.plugin.data_plugin_names() == (PLUGIN,)  # by which TensorBoard sees our data
     assert board.plugin.plugin_name == PLUGIN == runs.PLUGIN
     shown = board.plugin.frontend_metadata()
-    assert (shown.es_module_path, shown.tab_name) == ("/index.js", "Concept guard")
+    assert (shown.es_module_path, shown.tab_name) == ("/index.js", "concept_guard")
     assert shown.es_module_path in board.plugin.get_plugin_apps()
 
 

@@ -339,7 +339,7 @@ def test_a_hidden_tab_asks_for_nothing(servers: dict[bool, str], visiting: Visit
     visit.page.locator("iframe").wait_for(state="hidden")
     visit.page.clock.fast_forward(60_000)
     assert not [url for url in asked if "plugin/concept_guard" in url]
-    visit.page.get_by_role("tab", name="Concept guard").click()  # control
+    visit.page.get_by_role("tab", name="concept_guard").click()  # control
     with visit.page.expect_request(re.compile("plugin/concept_guard/view")):
         visit.page.clock.fast_forward(2_000)
     board.wait_for_selector("main[aria-busy=false]")

@@ -35,7 +35,7 @@ Handler = Callable[[Request], Response]
 
 
 class ConceptGuardPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
-    """The tab "Concept guard" of TensorBoard.
+    """The tab "concept_guard" of TensorBoard.
 
     Args:
         context: What TensorBoard hands to its plugins.
@@ -52,9 +52,7 @@ class ConceptGuardPlugin(TBPlugin):  # type: ignore[misc]  # TensorBoard has no 
 
     def frontend_metadata(self) -> FrontendMetadata:
         """Return how TensorBoard shows the tab, which has its own button to refresh."""
-        return FrontendMetadata(
-            es_module_path="/index.js", tab_name="Concept guard", disable_reload=True
-        )
+        return FrontendMetadata(es_module_path="/index.js", tab_name=PLUGIN, disable_reload=True)
 
     def get_plugin_apps(self) -> dict[str, Any]:
         """Return what answers which address below `data/plugin/concept_guard`."""
