@@ -19,7 +19,9 @@ from concept_guard.entries import (
     StartEntry,
 )
 from concept_guard.flags import Flag
-from concept_guard.records import RoundReport, evidence, named
+from concept_guard.records import Group, RoundReport, evidence, named
+
+MOST_CLASSES = 20  # whose groups are kept one by one, for each concept
 
 
 @dataclass(frozen=True)
@@ -121,20 +123,53 @@ def round_entry(report: RoundReport, slots: Mapping[int, int], names: Names) -> 
         images=report.images_seen,
         errors=report.errors_seen,
         concepts=_concepts(report, slots, names),
-        groups=tuple(
-            GroupEntry(
-                concept=group.concept,
-                class_name=names.of_class(group.class_index),
-                carried=group.carried,
-                images=group.images,
-                accuracy=group.accuracy,
-                accuracy_uncorrected=group.accuracy_uncorrected,
-            )
-            for group in report.groups
-        ),
+        groups=_groups(report, names),
         new=report.new,
         vanished=report.vanished,
         found=len(report.concepts),
+    )
+
+
+def _groups(report: RoundReport, names: Names) -> tuple[GroupEntry, ...]:
+    """Return the groups; of many classes those with most carriers, the others taken together."""
+    own = {(flag.concept, flag.class_index) for flag in report.flags}
+    carriers = {(g.concept, g.class_index): g.images for g in report.groups if g.carried}
+    kept: list[GroupEntry] = []
+    for concept in dict.fromkeys(group.concept for group in report.groups):
+        mine = [group for group in report.groups if group.concept == concept]
+        classes = dict.fromkeys(group.class_index for group in mine)
+        ranked = sorted(
+            classes, key=lambda k: ((concept, k) not in own, -carriers.get((concept, k), 0))
+        )
+        shown = {*ranked[:MOST_CLASSES]} if len(ranked) > MOST_CLASSES + 1 else {*ranked}
+        kept += [
+            _group([group], names.of_class(group.class_index))
+            for group in mine
+            if group.class_index in shown
+        ]
+        for carried in (False, True):
+            rest = [g for g in mine if g.class_index not in shown and g.carried == carried]
+            if rest:
+                kept.append(_group(rest, f"{len(rest)} other classes"))
+    return tuple(kept)
+
+
+def _group(groups: Sequence[Group], name: str) -> GroupEntry:
+    """Return groups taken together."""
+    images = sum(group.images for group in groups)
+
+    def share(values: Sequence[float | None]) -> float | None:
+        known = [(v, g.images) for v, g in zip(values, groups, strict=True) if v is not None]
+        total = sum(count for _, count in known)
+        return round(sum(v * count for v, count in known) / total, 4) if total else None
+
+    return GroupEntry(
+        concept=groups[0].concept,
+        class_name=name,
+        carried=groups[0].carried,
+        images=images,
+        accuracy=share([group.accuracy for group in groups]),
+        accuracy_uncorrected=share([group.accuracy_uncorrected for group in groups]),
     )
 
 

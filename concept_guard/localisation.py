@@ -43,10 +43,11 @@ def location_maps(tap: Tap, images: Tensor, direction: Tensor) -> Tensor:
         return _scaled(_along(pooled.flatten(1, 2), direction).view(pooled.shape[:3]).cpu(), least)
     rows, columns = (min(CELLS, side) for side in images.shape[-2:])
     drops = torch.zeros(len(images), rows, columns)
-    for row in range(rows):
-        for column in range(columns):
-            covered = _covered(images, row, column, rows, columns)
-            drops[:, row, column] = (factor - _factors(tap, covered, direction))[:, 0, 0]
+    of_each = direction if direction.ndim == 1 else direction.repeat(columns, 1)
+    for row in range(rows):  # in one pass
+        covered = torch.cat([_covered(images, row, k, rows, columns) for k in range(columns)])
+        left = _factors(tap, covered, of_each)[:, 0, 0].view(columns, len(images))
+        drops[:, row] = factor[:, 0, 0, None] - left.T
     return _scaled(_smoothed(drops), least)
 
 

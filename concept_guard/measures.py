@@ -78,20 +78,29 @@ def pseudo_groups(
     Returns:
         The groups, concept by concept and class by class, without before with.
     """
-    both = [None if z is None else z.argmax(dim=1) == labels for z in (logits, uncorrected)]
+    right = logits.argmax(dim=1) == labels
+    bare = None if uncorrected is None else uncorrected.argmax(dim=1) == labels
     groups = []
     for concept, presence in carried.items():
+        group = labels * 2 + presence.to(labels)
+        sizes, shares = _shares(group, right)
+        bare_shares = None if bare is None else _shares(group, bare)[1]
         for k in labels.unique().tolist():
             for value in (False, True):
-                at = (labels == k) & (presence == value)
-                size = int(at.sum())
-                rates = [_share(right, at) if size else None for right in both]
-                groups.append(Group(k, concept, value, size, *rates))
+                at = 2 * k + value
+                empty = at >= len(sizes) or not sizes[at]
+                share = None if empty else shares[at]
+                bare_share = None if empty or bare_shares is None else bare_shares[at]
+                size = 0 if empty else sizes[at]
+                groups.append(Group(k, concept, value, size, share, bare_share))
     return tuple(groups)
 
 
-def _share(right: Tensor | None, at: Tensor) -> float | None:
-    return None if right is None else float(right[at].double().mean())
+def _shares(group: Tensor, right: Tensor) -> tuple[list[int], list[float]]:
+    """Return size and share of right predictions by group."""
+    sizes = torch.bincount(group)
+    hits = torch.bincount(group, weights=right.double())
+    return sizes.tolist(), (hits / sizes.clamp_min(1)).tolist()
 
 
 def worst_group_accuracy(logits: Tensor, labels: Tensor, carried: Sequence[Tensor]) -> float:

@@ -28,6 +28,7 @@ def cards(
     *,
     driven: Mapping[int, Sequence[int]],
     before: Mapping[int, Card],
+    renew: bool = True,
 ) -> dict[int, Card]:
     """Make the cards of the concepts that have a slot, or keep those that show what they did.
 
@@ -39,9 +40,11 @@ def cards(
         wanted: Ids of concepts; those that are neither tracked nor tested get none.
         driven: Concept id to probe indices of errors that it drives.
         before: Concept id to the card of the last round.
+        renew: Whether there is time for new cards of concepts that have one.
 
     Returns:
-        Concept id to card: the very one of before where its images are still the right ones.
+        Concept id to card: the very one of before where its images are still the right ones, or
+        there is no time.
     """
     tested = {t.concept for t in found.tracked}
     tested |= {i for i, c in found.candidates.items() if c.pair is not None}
@@ -51,7 +54,7 @@ def cards(
         errors = tuple(driven.get(i, ()))[:TILES]
         if i not in tested:
             continue
-        if i in before and _still_right(before[i], reading, filters[i], errors):
+        if i in before and not (renew and _outdated(before[i], reading, filters[i], errors)):
             made[i] = before[i]
             continue
         for card in cards_of(tap, probe, reading, filters, [i]).values():
@@ -59,10 +62,10 @@ def cards(
     return made
 
 
-def _still_right(card: Card, reading: Reading, direction: Tensor, errors: tuple[int, ...]) -> bool:
+def _outdated(card: Card, reading: Reading, direction: Tensor, errors: tuple[int, ...]) -> bool:
     best = _strongest(reading, direction)[: len(card.of)]
     same = {*card.of} & {*reading.indices[best].tolist()}
-    return len(same) >= min(STILL_SHOWN, len(card.of)) and card.of_errors == errors
+    return len(same) < min(STILL_SHOWN, len(card.of)) or card.of_errors != errors
 
 
 def _with_errors(card: Card, probe: Batches, errors: tuple[int, ...]) -> Card:

@@ -20,6 +20,8 @@ from concept_guard.rounds import Findings, look
 from concept_guard.tail import tail_of
 from concept_guard.taps import Tap
 
+MOST_DRAWING = 0.0025  # share of the time that goes into cards before a concept gets a new one
+
 
 class Watch:
     """Runs rounds, each of which starts from what the last one found.
@@ -51,6 +53,7 @@ class Watch:
         self._tap, self._probe, self._corrector = tap, probe, corrector
         self._health, self._log, self._config = health, log, config
         self.last = LastRound()
+        self._began, self._drawing = time.perf_counter(), 0.0  # of this process; seconds
 
     def read(self, step: int) -> Reading | None:
         """Read the probe.
@@ -144,10 +147,18 @@ class Watch:
         done: list[Act],
         before: Mapping[int, Card],
     ) -> None:
-        slots = self.last.slots
+        began, slots = time.perf_counter(), self.last.slots
         driven = {flag.concept: flag.examples for flag in reversed(report.flags)}
         cards = picturing.cards(
-            self._tap, self._probe, reading, found, list(slots), driven=driven, before=before
+            self._tap,
+            self._probe,
+            reading,
+            found,
+            list(slots),
+            driven=driven,
+            before=before,
+            renew=self._drawing <= MOST_DRAWING * (began - self._began),
         )
+        self._drawing += time.perf_counter() - began
         self.last = replace(self.last, cards=cards)
         self._log.write(report, cards, slots, done)

@@ -85,7 +85,9 @@ def go_on(
     (action, updates, _), model = RUNS[run], exact(folder)
     guard = ConceptGuard(model, probe=doubled(), config={**QUICK, "action": action})
     trained = wrapped(model) if size > 1 else model
-    optimizer = sgd(model, 0.02)
+    optimizer = sgd(
+        model, 0.01
+    )  # at a rate at which rounding does not grow beyond the bounds above
     model.train()
     for images, labels in stream(2 * UPDATES + updates, first=2 * UPDATES):
         x, y = images.double()[rank::size], labels[rank::size]

@@ -361,6 +361,8 @@ def test_the_guard_gives_the_cards_of_its_last_round(tmp_path: Path) -> None:
     assert magenta[1] < magenta[[0, 2]].min() - 0.3  # the planted mark, in the upper left corner
     guard.cards.clear()
     assert concept in guard.cards  # a copy
+    guard.round()
+    assert guard.cards[concept] is card, "it shows what it did: nothing is drawn anew"
     silent = manual(None)
     silent.round()
     assert silent.cards == {}

@@ -204,8 +204,8 @@ def incomplete(state: State) -> None:
 
 
 REFUSED: dict[Callable[[State], None], str] = {
-    other_schema: r"schema_version 99, expected 7.*start the guard afresh",
-    without_a_schema: r"schema_version None, expected 7",
+    other_schema: r"schema_version 99, expected 8.*start the guard afresh",
+    without_a_schema: r"schema_version None, expected 8",
     incomplete: r"lacks tracked, vetoed; the checkpoint is incomplete",
 }
 

@@ -206,14 +206,36 @@ def test_a_hundred_rounds_of_the_worst_cards_in_all_slots_fit_into_20_mb(tmp_pat
     flags = [flag(k, "erased") for k in range(8)]
     log.write(report(1, *flags, erased=tuple(range(8))), cards, {k: k for k in range(8)})
     (file,) = tmp_path.iterdir()
-    assert 120_000 < file.stat().st_size < 200_000
+    assert 100_000 < file.stat().st_size < 165_000
     before = file.stat().st_size
     log.write(report(2, *flags, erased=tuple(range(8))), cards, {k: k for k in range(8)})
     assert file.stat().st_size - before < 12_000  # nothing new is shown
     for step in range(3, 11):  # of eight re-estimations
         log.estimated(step, range(8), 0.5)
     log.close()
-    assert file.stat().st_size < 215_000
+    assert file.stat().st_size < 180_000
+
+
+def test_the_groups_of_many_classes_take_little_room_and_lose_no_image(tmp_path: Path) -> None:
+    groups = tuple(
+        Group(k, 5, carried, images, 0.5 if images else None, 0.25 if images else None)
+        for k in range(1000)
+        for carried, images in ((False, 10), (True, k % 7))
+    )
+    log = EventLog(tmp_path)
+    log.write(report(1, flag(5), groups=groups), {}, {5: 0})
+    log.close()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size < 20_000
+    (found,) = read_history(tmp_path).rounds
+    for carried in (False, True):
+        whole = sum(g.images for g in groups if g.carried == carried)
+        kept = [g for g in found.groups if g.carried == carried]
+        assert sum(g.images for g in kept) == whole
+        assert len(kept) == 21
+        assert kept[-1].class_name == "980 other classes"
+        assert all(g.accuracy == 0.5 for g in kept)
+        assert "1" in {g.class_name for g in kept}, "the class of the flag is always there"
 
 
 def test_a_card_is_written_again_when_it_shows_something_else(tmp_path: Path) -> None:
