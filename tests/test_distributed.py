@@ -116,6 +116,7 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
+@pytest.mark.thorough
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     exact(tmp_path)
     for name in RUNS:
@@ -271,6 +272,7 @@ class Stingy(Clock):
         return budget is None or self._rank == 0
 
 
+@pytest.mark.thorough
 def test_what_fails_or_differs_in_one_process_leaves_all_alike(tmp_path: Path) -> None:
     together(one_rank_fails, tmp_path)
 
@@ -313,6 +315,7 @@ def dies_in_a_round(rank: int, folder: Path) -> None:
             break
 
 
+@pytest.mark.thorough
 def test_a_process_that_dies_takes_no_state_with_it(tmp_path: Path) -> None:
     assert exit_codes(dies_in_a_round, tmp_path) == [0, 9]
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -97,7 +97,6 @@ def test_a_full_disk_for_real(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_a_killed_run_has_lost_no_round(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

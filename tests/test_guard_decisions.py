@@ -169,6 +169,7 @@ def test_carrying_out_decisions_leaves_model_and_random_numbers_untouched(tmp_pa
         assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.thorough
 def test_a_run_set_back_before_the_decision_repeats_itself_bit_for_bit(tmp_path: Path) -> None:
     run = Run(tmp_path)
     saved = [run.saved(), *run.go(10)]  # rounds after 1 and 9

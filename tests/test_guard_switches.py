@@ -256,6 +256,7 @@ def test_cuda_graphs_do_not_overwrite_what_is_captured() -> None:
     torch.testing.assert_close(kept[1], kept[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_compiling_costs_one_graph_more_and_gives_the_same() -> None:
     often = {"start": 2, "every": 10, "track_every": 2}  # tracks twenty times
     plain_graphs, graphs = CompileCounter(), CompileCounter()

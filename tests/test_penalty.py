@@ -204,6 +204,7 @@ def trained(
     return before, after, float(right - most), penalty
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("strength", "left"), [(1.0, 0.0), (0.5, 0.25), (0.2, 0.64)])
 def test_the_share_is_driven_to_its_aim_and_the_rest_still_works(

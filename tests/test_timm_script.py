@@ -98,6 +98,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.thorough
 def test_the_shortcut_is_unlearnt_and_the_checkpoint_is_an_ordinary_one(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_the_shortcut_is_unlearnt_and_the_checkpoint_is_an_ordinary_one(
     assert "concept_guard/probe/top1" in events.Tags()["scalars"]
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_ends_as_the_one_that_was_not_stopped(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_resumed_run_ends_as_the_one_that_was_not_stopped(
     assert steps == [150, 150]
 
 
+@pytest.mark.thorough
 def test_the_option_alone_changes_no_bit_while_nothing_is_corrected(
     data: Path, tmp_path: Path
 ) -> None:

@@ -234,6 +234,7 @@ def test_the_last_checkpoint_is_an_ordinary_one_of_timm(
     assert passive.alive == 0
 
 
+@pytest.mark.thorough
 def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path, passive: type[Passive]) -> None:
     result = run(digits(tmp_path, compare=True))
     assert result.identical is True
@@ -314,6 +315,7 @@ def test_the_comparison_above_can_fail(
     assert not same(saved(path.parent)["state_dict"], uninterrupted["state_dict"])
 
 
+@pytest.mark.thorough
 def test_resuming_works_in_either_of_two_runs(
     tmp_path: Path, passive: type[Passive], monkeypatch: pytest.MonkeyPatch
 ) -> None:

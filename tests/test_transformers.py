@@ -83,6 +83,7 @@ def differing(a: nn.Module, b: nn.Module) -> set[str]:
     return {n for n in left if not torch.equal(left[n], right[n])}
 
 
+@pytest.mark.thorough
 def test_the_mark_is_unlearnt_and_a_run_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     model = Wrapped()
     before = held_out(model.timm_model)
