@@ -254,6 +254,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(Recipe(**RUN, planted=Planted(), output=output, experiment="a", compare=True)).folder  # type: ignore[arg-type]
 
 
+@pytest.mark.thorough
 def test_a_run_is_audited_on_its_own_held_out_images(finished: Path, tmp_path: Path) -> None:
     for folder in (finished, finished / "plain"):
         subject = open_audit(AuditSettings(source=str(folder))).subject

@@ -143,6 +143,7 @@ def test_no_more_pairs_are_returned_than_there_are_concepts(seed: int) -> None:
     assert fit_pairs(some, concepts=4).notes == ()
 
 
+@pytest.mark.thorough
 def test_a_seed_repeats_bit_for_bit(rng: torch.Generator) -> None:
     rows = small_rows(rng, 12_000)  # of few rows all are climbed from, whatever the seed
     one = fit_pairs(rows, concepts=6, seed=1)

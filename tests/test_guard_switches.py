@@ -75,7 +75,7 @@ SWITCHES = [
     *PRECISIONS,
     "accumulation",
     "compiled",
-    "compiled, whole graph",
+    pytest.param("compiled, whole graph", marks=pytest.mark.thorough),
     "scalar loss",
     "mixup",
 ]

@@ -111,6 +111,7 @@ def test_observing_changes_no_bit_of_the_run(tmp_path: Path) -> None:
     assert callback.guard.report is not None
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_is_corrected_and_a_run_resumed_from_it_ends_as_the_whole_one(
     tmp_path: Path,
 ) -> None:

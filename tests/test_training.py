@@ -613,6 +613,7 @@ def test_resuming_with_the_guard_changes_no_bit(
     assert result.verdict == whole.verdict
 
 
+@pytest.mark.thorough
 def test_the_baked_checkpoint_answers_like_the_table(tmp_path: Path) -> None:
     recipe = digits(tmp_path, planted=Planted(), guard=SMALL, epochs=3)
     result = run(recipe)
