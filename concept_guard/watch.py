@@ -20,7 +20,7 @@ from concept_guard.rounds import Findings, look
 from concept_guard.tail import tail_of
 from concept_guard.taps import Tap
 
-MOST_DRAWING = 0.0025  # share of the time that goes into cards before a concept gets a new one
+MOST_DRAWING = 0.002  # share of the time that goes into cards before a concept gets a new one
 
 
 class Watch:
