@@ -15,7 +15,10 @@ The stages, in the order of the data flow:
     refit        the classifier fitted once more, to held-out images, when baking
     baking       what was corrected becomes the model's own weights, or those of a copy
     decisions    what people approve and veto, from Python and from the command line
-    logs         records, cards, TensorBoard
+    logs         rounds and acts as TensorBoard events: tags, cards, entries of the history
+    history      what was logged in a run, read back from its events
+    report       pages on a run and on a model, in one file each
+    board        the tab of TensorBoard, which shows the same
     examination  what would keep all this from working, found before the training
 
 Names are imported when they are first used: TensorBoard, which asks this package for its tab, must

@@ -63,6 +63,7 @@ class HistoryReader:
         self._entries: list[AnyEntry] = []
         self._cards: dict[tuple[int, int], bytes] = {}
         self._problems: dict[str, int] = {}
+        self._damaged: dict[Path, str] = {}
 
     def read(self) -> RunHistory:
         """Read what was written since the last call.
@@ -83,7 +84,7 @@ class HistoryReader:
                 self._loaders[path] = EventFileLoader(str(path))
             yield from self._loaders[path].Load()
         except Exception as error:  # a torn or foreign file must not hide the others
-            self._note(f"{path.name} is not readable to its end ({type(error).__name__})")
+            self._damaged[path] = f"{path.name} is not readable to its end ({error!r})"
 
     def _take(self, event: Any) -> None:
         """Keep what an event says; one that a resumed run began with hides what it runs again."""
@@ -128,9 +129,9 @@ class HistoryReader:
             rounds=tuple(rounds.values()),
             acts=tuple(e for e in ordered if isinstance(e, ActEntry)),
             cards=dict(self._cards),
-            problems=tuple(
-                f"{said} ({times} times)" if times > 1 else said
-                for said, times in self._problems.items()
+            problems=(
+                *self._damaged.values(),
+                *(f"{said} ({n} times)" if n > 1 else said for said, n in self._problems.items()),
             ),
         )
 

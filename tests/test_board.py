@@ -1,8 +1,6 @@
 """The tab of TensorBoard, asked over WSGI: what it lists, shows and refuses."""
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ from tensorboard.backend.event_processing.data_provider import MultiplexerDataPr
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.base_plugin import TBContext
+from test_layout import SLOW_TO_IMPORT, loaded_by
 from werkzeug.test import Client, TestResponse
 
 from concept_guard.board import ConceptGuardPlugin, runs
 from concept_guard.entries import PLUGIN
 from concept_guard.history import HistoryReader, RunHistory
 from concept_guard.report import runs as report_runs
-
-ROOT = Path(__file__).parents[1]
 
 
 class Board:
@@ -395,23 +392,11 @@ def test_the_frame_needs_nothing_from_outside(board: Board) -> None:
         assert "import " not in text
 
 
-def loaded_by(code: str) -> set[str]:
-    """Return the slow packages that a fresh interpreter has loaded after running `code`."""
-    slow = ["torch", "numpy", "scipy", "timm", "pydantic", "jinja2", "pandas", "PIL"]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys\nprint(*(set({slow}) & set(sys.modules)))"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return set(done.stdout.split())
-
-
 def test_the_start_of_tensorboard_waits_for_no_slow_package() -> None:
-    assert loaded_by("import concept_guard.board") <= loaded_by("import tensorboard.default")
-    assert "pydantic" in loaded_by("import concept_guard.entries")  # control
+    slow = [*SLOW_TO_IMPORT, "jinja2", "pandas", "PIL"]
+    board = loaded_by("import concept_guard.board", slow)
+    assert board <= loaded_by("import tensorboard.default", slow)
+    assert "pydantic" in loaded_by("import concept_guard.entries", slow)  # control
 
 
 def test_a_view_is_drawn_without_torch() -> None:

@@ -278,9 +278,9 @@ def test_a_private_use_is_found(line: str) -> None:
     assert not private_uses(ast.parse(good), {"ConceptGuard"})
 
 
-def loaded_by(statement: str) -> set[str]:
+def loaded_by(statement: str, slow: Iterable[str] = SLOW_TO_IMPORT) -> set[str]:
     """Return which of the slow packages a fresh interpreter has loaded after `statement`."""
-    code = f"{statement}\nimport sys\nprint(*(set({SLOW_TO_IMPORT}) & set(sys.modules)))"
+    code = f"{statement}\nimport sys\nprint(*(set({list(slow)}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -132,7 +132,8 @@ def run_page(runs: Sequence[RunHistory], *, command: str = "") -> str:
 
 @cache
 def _templates() -> Environment:
-    made = environment({"counts": counts, "number": number, "signed": signed, "status": status})
+    words = {"number": number, "signed": signed}
+    made = environment({**words, "counts": counts, "sentence": sentence, "status": status})
     made.globals |= {
         **{"width": charts.WIDTH, "height": charts.HEIGHT, "left": charts.LEFT},
         **{"right": charts.RIGHT, "top": charts.TOP, "bottom": charts.BOTTOM},
