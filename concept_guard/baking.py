@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from concept_guard.attached import stripped
 from concept_guard.config import GuardConfig
 from concept_guard.correction import (
     LARGEST_WEIGHT,
@@ -21,7 +22,6 @@ from concept_guard.correction import (
 )
 from concept_guard.erasure import Erasure, carriers_in, whole
 from concept_guard.errors import BakeError
-from concept_guard.hooks import stripped
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.refit import refit

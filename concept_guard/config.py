@@ -17,8 +17,8 @@ from concept_guard.strict import StrictModel, read_yaml, validated
 
 __all__ = ["GuardConfig", "read_yaml", "validated"]
 
-_ACTIONS = ("project", "penalize", "rebalance", "refit")
-_DEFAULT = ("project", "rebalance", "refit")
+_ACTIONS = ("project", "penalize", "rebalance", "augment", "refit")
+_DEFAULT = ("project", "rebalance", "augment", "refit")
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _TAP = re.compile(r"(pre_logits|stage:-?\d+|module:[^@\s]+)(@(NCHW|NHWC|NLC))?")
 
@@ -104,8 +104,8 @@ class GuardConfig(StrictModel):
         every: Updates between rounds, or epochs.
         track_every: Updates between re-estimations of the tracked pairs while they move, or
             epochs; up to four times as many while they do not.
-        action: What is done about a flagged concept: any of `project`, `penalize` and
-            `rebalance`, always in this order; and whether baking may `refit` the classifier to
+        action: What is done about a flagged concept: any of `project`, `penalize`, `rebalance`
+            and `augment`, always in this order; and whether baking may `refit` the classifier to
             the probe. Empty means observe only.
         max_erased: Concepts that may be erased at the same time.
         alpha: False-discovery level of the flags; smaller flags less.
@@ -113,7 +113,8 @@ class GuardConfig(StrictModel):
             or the command `concept-guard approve`.
         strength: Share of a concept's influence to take away, in (0, 1], on every model: of its
             excess factor (`project`), of its pull on the logits, as their standard deviation
-            shows it (`penalize`), of the log ratio of the groups' sizes (`rebalance`).
+            shows it (`penalize`), of the log ratio of the groups' sizes (`rebalance`), of the
+            training images that are edited (`augment`).
         gate: Whether only rows in which a concept is read are projected, softly. Such a correction
             cannot be baked.
         ramp: Updates over which the strength grows from 0 to its value, or epochs; 0 for none.

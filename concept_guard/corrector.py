@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from concept_guard import state
+from concept_guard.augmentation import Augmentation
 from concept_guard.baking import bake, baked_copy
 from concept_guard.benefit import Probation
 from concept_guard.config import GuardConfig
@@ -46,6 +47,7 @@ class Corrector:
         ranks: The processes that train.
         erasure: What is projected out of rows for them.
         penalty: What is added to the loss for them.
+        augmentation: What is done to training images for them.
     """
 
     def __init__(self, tap: Tap, probe: Batches, config: GuardConfig, ramp: int = 0) -> None:
@@ -57,6 +59,7 @@ class Corrector:
         self.ranks = probe.ranks
         self.erasure = Erasure(tap, probe, config)
         self.penalty = Penalty(tap, self.erasure, config, probe.ranks)
+        self.augmentation = Augmentation(probe, config)
         self._ramp, self._updates = ramp, 0  # since the first of them came
         self._counts = GroupCounts(probe.ranks)
         self._probation = Probation()
@@ -78,6 +81,7 @@ class Corrector:
         self._updates = self._updates + 1 if self.tracked else 0
         self.erasure.settled = False
         self.erasure.strengthen(self.strength)
+        self.augmentation.draw(self.strength)
 
     def weights(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return the weight of each training sample by class and presence of tracked concepts.
@@ -90,6 +94,19 @@ class Corrector:
             `(B,)` positive weights.
         """
         return self._counts.weights(self.tracked, rows, labels, self.strength)
+
+    def carried(self, rows: Tensor) -> list[Tensor]:
+        """Return which samples carry each concept under correction of themselves.
+
+        Args:
+            rows: `(B, Q, C)` activations of a training batch, before any correction.
+
+        Returns:
+            `(B,)` bool per concept: by the values of its images before they were edited, if they
+            were, else by its rows.
+        """
+        before, read = self.augmentation.carried, [t.read(rows).any(dim=1) for t in self.tracked]
+        return [before.get(t.concept, r) for t, r in zip(self.tracked, read, strict=True)]
 
     def tail(self, reading: Reading) -> Tail:
         """Return a function from an edit, on top of the current one, to the reading's logits.
@@ -316,6 +333,7 @@ class Corrector:
             "probation": self._probation.state_dict(),
             "updates": self._updates,
             "penalty": self.penalty.state_dict(),
+            "augmentation": self.augmentation.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -334,6 +352,7 @@ class Corrector:
         self.erasure.strengthen(self.strength)
         subspace = state.to_subspace(saved["subspace"], self._tap.device)
         self.erasure.put_back(subspace, self.tracked)
+        self.augmentation.load_state_dict(saved["augmentation"], self._tap.device)
         self._references.forget()
         self._listen()
 
@@ -352,15 +371,17 @@ class Corrector:
             self._updates = 0
         self.erasure.strengthen(self.strength)
         self.erasure.take_out(concepts, reading)
+        self.augmentation.follow(concepts, reading, self._tap.device)
         self.penalty.follow(t.concept for t in concepts)
         self.tracked = tuple(concepts)
         self._references.forget()
         self._listen()
 
     def _listen(self) -> None:
-        """Have the activations of training batches kept while something needs them."""
+        """Have training images edited, and their activations kept, while something needs that."""
         for concept in self._probation.right.keys() - {t.concept for t in self.tracked}:
             self._probation.end(concept)
+        self._tap.augment = self.augmentation if self.augmentation.acting else None
         self._tap.listening = self.rebalancing or self.erasure.adapting or self.penalty.active
 
 

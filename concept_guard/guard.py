@@ -28,6 +28,7 @@ from concept_guard.rebalancing import checked, descended
 from concept_guard.sampling import Samples
 from concept_guard.schedule import Schedule
 from concept_guard.steadiness import steady_sample
+from concept_guard.styles import Styles
 from concept_guard.taps import Tap
 from concept_guard.watch import Watch
 
@@ -39,7 +40,8 @@ class ConceptGuard:
 
     Attach it before `torch.compile`, EMA copies and `DistributedDataParallel`. Nothing is
     registered on the model; `close` takes off exactly what was added. What is projected out is
-    missing in eval mode and, after `bake`, in the weights; passes in train mode are not edited.
+    missing in eval mode and, after `bake`, in the weights; rows of passes in train mode are not
+    edited, their images are, with `augment` among the actions and a concept under correction.
 
     Where several processes train, every one builds a guard, after `init_process_group`, on the
     whole probe, and makes the same calls: the guards share out its forward passes and hold the
@@ -102,6 +104,7 @@ class ConceptGuard:
             self._log,
             self.config,
             class_names,
+            styles=self._styles,
         )
         self._acts = Acts(
             self._corrector, self._watch, self._log, self._channel, self.config, class_names
@@ -123,11 +126,12 @@ class ConceptGuard:
         """Tap the model, if the probe can be worked with."""
         self._probe = probe_batches(probe, self.config.seed, self._ranks)
         self._sample = steady_sample(self._probe)
-        self.tap = Tap(
-            model, self.config.tap, self._sample, keep_images="penalize" in self.config.action
-        )
+        self.tap = Tap(model, self.config.tap, self._sample, training=True)
+        self._styles = Styles(self._ranks)
         try:
-            labels = check_labels(self._probe, self.tap.num_classes, self._ranks)
+            labels = check_labels(
+                self._styles.noting(self._probe), self.tap.num_classes, self._ranks
+            )
         except BaseException:
             self.tap.close()
             raise
@@ -200,6 +204,7 @@ class ConceptGuard:
             classifier to do without. While nothing is corrected it is the plain one, bit for bit.
         """
         self._health.heard(checked(loss, targets))
+        self._styles.see(*self.tap.outcome, targets)
         return descended(
             loss,
             targets,
@@ -377,6 +382,7 @@ class ConceptGuard:
             **self._watch.last.state_dict(),
             **self._corrector.state_dict(),
             "samples": self._samples.state_dict(),
+            "styles": self._styles.state_dict(),
         }
 
     @_outside_inference_mode
@@ -408,6 +414,7 @@ class ConceptGuard:
             resumed: Whether the run was stopped in between.
         """
         self._samples.load_state_dict(saved["samples"])
+        self._styles.load_state_dict(saved["styles"])
         self._schedule.load_state_dict(saved, resumed=resumed)
         self._corrector.load_state_dict(saved)
         self._watch.last = LastRound.from_state(saved, self.tap.device)

@@ -1,6 +1,6 @@
-"""Stage 1: what the hooks on a model do when a pass comes by: keep rows, write edited ones.
+"""Stage 1: what the hooks on a model do when a pass comes by: note it, and edit it.
 
-Nothing here puts a hook on a model, or knows what a row means.
+Nothing here puts a hook on a model, or knows what a row or an image means.
 """
 
 import warnings
@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from concept_guard.errors import TapError
 from concept_guard.layouts import Layout
+from concept_guard.reading import mean_colours
 
 Edit = Callable[[Tensor], Tensor]
 FIRST = "call guard.bake() and guard.close() before"
+PIXELS = "pixel_values"  # what models of transformers call their images
 
 
 class Shared:
@@ -22,9 +23,13 @@ class Shared:
 
     Attributes:
         edit: Function of rows that acts on passes in eval mode, or None.
+        augment: Function of images that acts on passes in train mode, or None.
         listening: Whether passes in train mode leave their rows and images behind.
+        keeping: Whether images are among what they leave behind.
         captured: `(B, Q, C)` rows of the last such pass.
         images: Images of it.
+        colours: `(B, C)` mean colours of the images of the last pass in train mode.
+        predicted: `(B,)` the classes that they were taken for.
         fired: Passes so far.
         reading: Whether a pass of the tap's own is under way.
         rows: `(N, Q, C)` rows that it read.
@@ -33,16 +38,30 @@ class Shared:
 
     def __init__(self, edit: Edit | None = None) -> None:
         self.edit = edit
+        self.augment: Edit | None = None
         self.listening = False
+        self.keeping = True
         self.captured: Tensor | None = None
         self.images: Tensor | None = None
+        self.colours: Tensor | None = None
+        self.predicted: Tensor | None = None
         self.fired = 0
         self.reading = False
         self.rows: Tensor | None = None
         self.shape: tuple[int, ...] = ()
 
 
-class Hook:
+class OfGuard:
+    """A hook of a guard, which TorchScript cannot take."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        advice = f": torch.jit.script cannot take a guarded model; {FIRST}"
+        raise AttributeError(
+            f"{type(self).__name__} has no {name}{advice if name == '__name__' else ''}"
+        )
+
+
+class Hook(OfGuard):
     """The one hook left on the model: a pre-hook for pre_logits, else a forward hook.
 
     Hooks of copies of the model, such as an EMA, apply the edit but never capture or count. In a
@@ -93,12 +112,6 @@ class Hook:
         if shared.listening and training:
             shared.captured = self._layout.rows(x).detach().to(torch.float32, copy=True)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        advice = f": torch.jit.script cannot take a guarded model; {FIRST}"
-        raise AttributeError(
-            f"{type(self).__name__} has no {name}{advice if name == '__name__' else ''}"
-        )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         return Hook(self._layout, self.shared, is_copy=True)
 
@@ -106,18 +119,37 @@ class Hook:
         return _unpickled, (self._layout, self.shared.edit)
 
 
-class ImagesHook:
-    """The pre-hook on the model itself that remembers what a training pass was called with."""
+class ImagesHook(OfGuard):
+    """The pre-hook on the model itself: edits images of training passes, and remembers them."""
 
     def __init__(self, shared: Shared | None) -> None:
-        self.shared = shared  # copies of the model have none and remember nothing
+        self.shared = shared  # copies of the model have none: they edit and remember nothing
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Remember the images of a pass that is listened to."""
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Edit the images that a model in train mode is called with, and keep them if wanted.
+
+        Args:
+            module: The model.
+            args: What it was called with; images are the first, or the one named `PIXELS`.
+            kwargs: Likewise.
+
+        Returns:
+            The same with edited images; None leaves all as it is.
+        """
         shared = self.shared
-        if shared is not None and shared.listening and module.training and not shared.reading:
-            first = args[0] if args else None
-            shared.images = first.detach() if isinstance(first, Tensor) else None
+        if shared is None or not module.training or shared.reading:
+            return None
+        images = args[0] if args else kwargs.get(PIXELS)
+        new = images
+        if isinstance(images, Tensor) and shared.augment is not None:
+            new = shared.augment(images)
+        if shared.listening and shared.keeping:
+            shared.images = new.detach() if isinstance(new, Tensor) else None
+        if new is images:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, PIXELS: new})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ImagesHook":
         return ImagesHook(None)
@@ -126,65 +158,37 @@ class ImagesHook:
         return ImagesHook, (None,)
 
 
-def stripped(model: nn.Module) -> nn.Module:
-    """Take the hooks of guards off a model, say a copy that brought them along.
+class OutcomeHook(OfGuard):
+    """The hook on the model itself that notes what training images look like and are taken for."""
 
-    Args:
-        model: Changed in place.
+    def __init__(self, shared: Shared | None) -> None:
+        self.shared = shared  # copies of the model have none and note nothing
 
-    Returns:
-        The model.
-    """
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, Hook | ImagesHook)]:
-                del hooks[key]
-    return model
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note mean colours and predicted classes of a pass in train mode.
 
+        Args:
+            module: The model.
+            args: What it was called with, edited.
+            kwargs: Likewise.
+            output: `(B, M)` logits, or what has such `logits`.
+        """
+        shared = self.shared
+        if shared is None or not module.training or shared.reading:
+            return
+        images = args[0] if args else kwargs.get(PIXELS)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if isinstance(images, Tensor) and isinstance(logits, Tensor) and logits.ndim == 2:
+            shared.colours = mean_colours(images)
+            shared.predicted = logits.detach().argmax(dim=1)
 
-def refuse_copies(model: nn.Module) -> None:
-    """Raise if a model has brought along a hook of a guard from the model that it is a copy of.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OutcomeHook":
+        return OutcomeHook(None)
 
-    Args:
-        model: Any model.
-
-    Raises:
-        TapError: If there is such a hook.
-    """
-    for path, module in model.named_modules():
-        if any(hook.is_copy for hook in _hooks_of(module)):
-            raise TapError(
-                f"{type(model).__name__} is a copy of a guarded model (of an EMA, by deepcopy, or "
-                f"saved as a whole): {path!r} carries the hook of that guard and follows it. Guard "
-                "the model that is trained: ConceptGuard(model, ...) before ModelEmaV3(model); for "
-                "a corrected average call guard.baked_copy(ema.module). For a second run copy the "
-                "model before it is guarded, or after guard.close()"
-            )
-
-
-def refuse_second(module: nn.Module, path: str, *, before: bool) -> None:
-    """Raise if a module is guarded already.
-
-    Args:
-        module: That is to carry a hook.
-        path: Its name.
-        before: Whether at its input; a guard at its output is another one.
-
-    Raises:
-        TapError: If a guard that is not closed has its hook there.
-    """
-    hooks = module._forward_pre_hooks if before else module._forward_hooks
-    if any(isinstance(hook, Hook) and not hook.is_copy for hook in hooks.values()):
-        raise TapError(
-            f"{path!r} is guarded already: both guards would correct the same rows. Call close() "
-            "on the first guard before the second is built (with ConceptGuard(...) as guard: does "
-            "it by itself), or give the second another tap, such as 'stage:-2'"
-        )
-
-
-def _hooks_of(module: nn.Module) -> list[Hook]:
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if isinstance(hook, Hook)]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OutcomeHook, (None,)
 
 
 def _unpickled(layout: Layout, edit: Edit | None) -> Hook:

@@ -54,6 +54,20 @@ def checked_pair(batch: object, start: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def mean_colours(images: Tensor) -> Tensor | None:
+    """Return the mean of each channel over an image.
+
+    Args:
+        images: `(B, C, H, W)` floating.
+
+    Returns:
+        `(B, C)` float32; None for anything else.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        return None
+    return images.detach().flatten(2).mean(dim=2, dtype=torch.float32)
+
+
 def _whole(labels: Tensor) -> bool:
     """Return whether labels are one whole number per image, of another type than integers."""
     return labels.ndim == 1 and not labels.is_complex() and not bool((labels.double() % 1).any())

@@ -69,6 +69,7 @@ def descended(
     at = samples.checked(indices, targets)
     if not corrector.tracked:
         return plain
+    health.warn_once(corrector.augmentation.problem)
     try:
         classifier = tap.classifier
     except TapError as error:

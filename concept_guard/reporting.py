@@ -97,7 +97,12 @@ def report(
         drift=found.drift,
         new=found.new,
         vanished=found.vanished,
-        notes=(*found.pairs.notes, *left.returned, *withdrawn.values()),
+        notes=(
+            *found.pairs.notes,
+            *left.returned,
+            *withdrawn.values(),
+            *corrector.augmentation.notes,
+        ),
         seen_from=seen.least,
         likely_seen_from=seen.likely,
         accuracy_uncorrected=None if without is None else measures.accuracy(without, labels),

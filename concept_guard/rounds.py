@@ -3,7 +3,7 @@
 Nothing here changes the model, keeps state or writes logs: the guard decides what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +24,13 @@ from concept_guard.directions import (
 from concept_guard.flags import Candidate
 from concept_guard.influence import Tail
 from concept_guard.reading import Reading
+from concept_guard.styles import Style
 from concept_guard.tracking import Tracked
-from concept_guard.trial import Trial, correlation
+from concept_guard.trial import Trial, correlation, twin
 
 SAME_CARRIERS = 0.8  # correlation of presence from which a concept still is what it was
 TOP_EXAMPLES = 8
+FACTOR = 8.0  # between rows with a concept and without, as in `fit_pairs`
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,7 @@ def look(
     last_ids: Sequence[int],
     next_id: int,
     tracked: Sequence[Tracked],
+    styles: Sequence[Style] = (),
 ) -> Findings:
     """Find concepts in a reading, name them, test them, and read tracked ones anew.
 
@@ -112,6 +115,7 @@ def look(
         last_ids: Their ids.
         next_id: First id that no concept has had.
         tracked: Concepts under correction.
+        styles: What was found in the images themselves.
 
     Returns:
         What was found.
@@ -120,15 +124,24 @@ def look(
     flat = rows.flatten(0, 1)
     size = number_of_concepts(config.concepts, num_classes, len(flat), flat.shape[1])
     pairs = fit_pairs(flat, concepts=size, init=last, seed=seed)
-    factors = pairs.factors(rows)  # (N, Q, K)
     trial = Trial(reading, tail, config, seed)
     again = tuple(_read_anew(t, trial) for t in tracked)
+    erased = {t.concept: t.carriers for t in again}
+    pairs, told = _with_styles(pairs, styles, trial, erased)
+    factors = pairs.factors(rows)  # (N, Q, K)
     ids, matched, next_id = _identities(again, pairs, last, last_ids, next_id, flat)
     present = factors > 0
+    for i, (style, _) in told.items():
+        present[:, :, i] = style.present.to(present.device)[:, None]
     carried = present.any(dim=1)  # (N, K)
     predicted = reading.logits.argmax(dim=1)
     found = associate(carried, predicted, reading.labels, num_classes)
-    tested = trial.of_all(found, present, ids, {t.concept: t.carriers for t in again})
+    tested = trial.of_all(found, present, ids, erased)
+    for i, (style, pair) in told.items():
+        others = {c: t.present for c, t in tested.items() if t.flag.status == "found"}
+        if ids[i] in others or twin(present[:, :, i], others) is None:
+            at = i, style.class_index
+            tested[ids[i]] = trial.of_style(style, pair, found, present[:, :, i], at, ids[i])
     peaks = factors.amax(dim=1)
     concepts = tuple(
         Concept(
@@ -159,6 +172,31 @@ def look(
         vanished=tuple(sorted({*last_ids} - {*ids} - {t.concept for t in again})),
         cosine_to_last=1.0 if last is None else sum(alike.values()) / max(1, len(alike)),
     )
+
+
+def _with_styles(
+    pairs: DirectionPairs, styles: Sequence[Style], trial: Trial, erased: Mapping[int, Tensor]
+) -> tuple[DirectionPairs, dict[int, tuple[Style, WithinClassPair]]]:
+    """Return the pairs with those of styles added, and the styles with their own by position.
+
+    A style under correction, or one that rows do not show, is left out.
+    """
+    told: dict[int, tuple[Style, WithinClassPair]] = {}
+    for style in styles:
+        present = style.present.to(trial.whole.rows.device)[:, None]
+        present = present.expand(trial.reading.rows.shape[:2])
+        pair = within_class_pair(trial.whole, present.flatten())
+        if pair is None or pair.gain <= 0 or twin(present, erased) is not None:
+            continue
+        scale = FACTOR / pair.gain
+        told[len(pairs.filters)] = style, pair
+        pairs = replace(
+            pairs,
+            filters=torch.cat([pairs.filters, scale * pair.filter.to(pairs.filters)[None]]),
+            signals=torch.cat([pairs.signals, pair.signal.to(pairs.signals)[None] / scale]),
+            biases=torch.cat([pairs.biases, pairs.biases.new_tensor([scale * pair.threshold])]),
+        )
+    return pairs, told
 
 
 def _read_anew(tracked: Tracked, trial: Trial) -> Tracked:

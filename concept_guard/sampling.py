@@ -54,6 +54,7 @@ class Samples:
         if self.size is None:
             self.size = size
             self._labels = torch.full((size,), UNKNOWN)
+            self._corrector.augmentation.remembers = True
         elif self.size != size:
             raise ValueError(
                 f"sampler got a length of {size}, expected {self.size} as before: a guard knows "
@@ -108,7 +109,7 @@ class Samples:
         unknown = torch.full_like(self._labels, UNKNOWN, dtype=torch.int8)
         ids = [concept.concept for concept in self._corrector.tracked]
         self._carried = {i: self._carried.get(i, unknown.clone()) for i in ids}
-        carried = [c.read(rows).any(dim=1).to("cpu", torch.int8) for c in self._corrector.tracked]
+        carried = [present.to("cpu", torch.int8) for present in self._corrector.carried(rows)]
         for at, y, present in self.ranks.gathered((indices, labels.cpu(), carried)):
             self._labels[at] = y
             for i, there in zip(ids, present, strict=True):

@@ -15,7 +15,7 @@ from concept_guard.flags import Flag
 from concept_guard.records import Group, RoundReport
 from concept_guard.tracking import Tracked
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 TENSORS = ("filters", "signals", "biases")  # of direction pairs
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from concept_guard.attached import refuse_copies, refuse_second
 from concept_guard.errors import TapError
 from concept_guard.heads import is_head
-from concept_guard.hooks import Edit, Hook, ImagesHook, Shared, refuse_copies, refuse_second
+from concept_guard.hooks import Edit, Hook, ImagesHook, OutcomeHook, Shared
 from concept_guard.layouts import positions
 from concept_guard.probe import counted, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
@@ -30,12 +31,12 @@ class Tap:
 
     Args:
         model: The classifier on its device, before `torch.compile`; a DDP wrapper is seen
-            through. It gains one hook, or two, and nothing else.
+            through. It gains one hook, or three, and nothing else.
         where: `pre_logits`, `stage:K` of timm's `feature_info`, or `module:PATH`; the last two
             may end in `@NCHW`, `@NHWC` or `@NLC`.
         sample: `(N, ...)` a few images, for one isolated pass that settles the layout.
-        keep_images: Whether images of training passes are wanted where no plain linear map
-            follows the tap; that takes a second hook, on the model itself.
+        training: Whether images of training passes may be edited, and what they are taken for is
+            noted; that takes two more hooks, on the model itself.
 
     Attributes:
         path: Name of the module that carries the hook.
@@ -52,7 +53,7 @@ class Tap:
     """
 
     def __init__(
-        self, model: nn.Module, where: str, sample: Tensor, *, keep_images: bool = False
+        self, model: nn.Module, where: str, sample: Tensor, *, training: bool = False
     ) -> None:
         self._model: nn.Module | None = _unwrapped(model)
         refuse_copies(self._model)
@@ -64,11 +65,15 @@ class Tap:
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
         self.grid, self.num_classes = site.grid, survey.logits.shape[1]
         self._where, self._layout, self._shared = where, site.layout, Shared()
+        self._shared.keeping = site.classifier is None
         self._hook = Hook(self._layout, self._shared)
-        self._images_hook = ImagesHook(self._shared)
+        self._images_hook, self._outcome_hook = ImagesHook(self._shared), OutcomeHook(self._shared)
         with ExitStack() as stack:
-            if keep_images and self._classifier is None:
-                stack.callback(self._model.register_forward_pre_hook(self._images_hook).remove)
+            if training:
+                before = self._model.register_forward_pre_hook(self._images_hook, with_kwargs=True)
+                stack.callback(before.remove)
+                after = self._model.register_forward_hook(self._outcome_hook, with_kwargs=True)
+                stack.callback(after.remove)
             if where == "pre_logits":
                 stack.callback(site.module.register_forward_pre_hook(self._hook).remove)
             else:
@@ -118,11 +123,22 @@ class Tap:
     def edit(self, edit: Edit | None) -> None:
         self._shared.edit = edit
 
+    @property
+    def augment(self) -> Edit | None:
+        """Function of images applied on passes in train mode; None changes no bit."""
+        return self._shared.augment
+
+    @augment.setter
+    def augment(self, augment: Edit | None) -> None:
+        self._shared.augment = augment
+
     def leave_edit_to_copies(self) -> None:
         """Drop the edit here; deep copies of the model keep it and no longer follow."""
         self._shared, left = Shared(), self._shared
         self._shared.listening, self._shared.fired = left.listening, left.fired
-        self._hook.shared = self._images_hook.shared = self._shared
+        self._shared.augment, self._shared.keeping = left.augment, left.keeping
+        for hook in (self._hook, self._images_hook, self._outcome_hook):
+            hook.shared = self._shared
 
     @property
     def listening(self) -> bool:
@@ -140,12 +156,18 @@ class Tap:
 
     @property
     def images(self) -> Tensor | None:
-        """Images of that pass, if they are kept."""
+        """Images of that pass, as they were edited, if the tap was built to see them."""
         return self._shared.images
 
+    @property
+    def outcome(self) -> tuple[Tensor | None, Tensor | None]:
+        """`(B, C)` mean colours and `(B,)` predictions of the last train-mode pass, if noted."""
+        return self._shared.colours, self._shared.predicted
+
     def forget(self) -> None:
-        """Drop the captured rows and their images."""
+        """Drop what the last train-mode pass left behind."""
         self._shared.captured = self._shared.images = None
+        self._shared.colours = self._shared.predicted = None
 
     @property
     def fired(self) -> int:
@@ -277,7 +299,7 @@ class Tap:
         """Take the hook off the model and let go of both; calling it again does nothing."""
         self._attached.close()
         self._model = self._classifier = self._module = None
-        self.listening = False
+        self.listening, self.augment = False, None
         self.forget()
 
     @contextmanager

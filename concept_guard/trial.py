@@ -11,10 +11,11 @@ from torch import Tensor
 
 from concept_guard.association import Association, associate
 from concept_guard.config import GuardConfig
-from concept_guard.directions import DirectionPairs, Scatter, leading
-from concept_guard.flags import Candidate, Flag, candidates, confirm
-from concept_guard.influence import Tail
+from concept_guard.directions import DirectionPairs, Scatter, WithinClassPair, leading
+from concept_guard.flags import EXAMPLES, Candidate, Flag, candidates, confirm
+from concept_guard.influence import Tail, effect, moved
 from concept_guard.reading import Reading
+from concept_guard.styles import Style
 
 SAME_IMAGES = 0.5  # correlation of presence from which two concepts count as one
 # Concepts that are tested by erasing in one round, strongest first. With 8 of them, natural ones
@@ -109,6 +110,50 @@ class Trial:
         found = associate(present.any(dim=1), predicted, reading.labels, reading.logits.shape[1])
         k = int(found.difference[position].argmax())
         return self._of(found, present[:, :, position], (position, k), concept)
+
+    def of_style(
+        self,
+        style: Style,
+        pair: WithinClassPair,
+        found: Association,
+        present: Tensor,
+        at: tuple[int, int],
+        concept: int,
+    ) -> Candidate:
+        """Return a style as a flag; it was tested in the images already.
+
+        Args:
+            style: What was found.
+            pair: How rows show it.
+            found: Associations of all concepts and classes.
+            present: `(N, Q)` bool, which rows are of images that have it.
+            at: Its cell of the associations.
+            concept: Its id.
+
+        Returns:
+            The candidate.
+        """
+        reading = self.reading
+        carried, predicted = present.any(dim=1), reading.logits.argmax(dim=1)
+        erased = self.tail(moved(pair, pair.signal, self.config.strength), None)
+        caused = effect(reading.logits, erased, reading.labels, carried, style.class_index)
+        others = carried & (reading.labels != style.class_index)
+        driven = others & (predicted == style.class_index)
+        flag = Flag(
+            concept=concept,
+            class_index=style.class_index,
+            risk_difference=float(found.difference[at]),
+            interval=(float(found.low[at]), float(found.high[at])),
+            p_value=style.p_value,
+            q_value=min(1.0, style.p_value * reading.logits.shape[1]),
+            fixed=caused.fixed,
+            broken=caused.broken,
+            present=int(others.sum()),
+            examples=tuple(reading.indices[driven][:EXAMPLES].tolist()),
+            status="found",
+            reason=style.reason,
+        )
+        return Candidate(flag, pair, present, separation=1.0)
 
     def _of(
         self, found: Association, present: Tensor, at: tuple[int, int], concept: int

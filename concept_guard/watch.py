@@ -17,6 +17,7 @@ from concept_guard.logs import Act, Card, EventLog, RoundReport, assign_slots
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.rounds import Findings, look
+from concept_guard.styles import Styles
 from concept_guard.tail import tail_of
 from concept_guard.taps import Tap
 
@@ -34,6 +35,7 @@ class Watch:
         log: Where rounds are shown.
         config: Settings of the guard.
         class_names: Told to people instead of class indices.
+        styles: What is known of mean colours; None if nothing is.
 
     Attributes:
         last: The last round.
@@ -48,8 +50,9 @@ class Watch:
         log: EventLog,
         config: GuardConfig,
         class_names: Sequence[str] | None = None,
+        styles: Styles | None = None,
     ) -> None:
-        self._class_names = class_names
+        self._class_names, self._styles = class_names, styles
         self._tap, self._probe, self._corrector = tap, probe, corrector
         self._health, self._log, self._config = health, log, config
         self.last = LastRound()
@@ -93,6 +96,7 @@ class Watch:
             last_ids=last.ids,
             next_id=last.next_id,
             tracked=self._corrector.tracked,
+            styles=() if self._styles is None else self._styles.found(reading),
         )
         if_erased = self._corrector.act_on(found, reading)
         left = self._left(found, reading)

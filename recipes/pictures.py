@@ -28,7 +28,8 @@ ACTIONS = {
     "no guard": "observe",
     "project": ["project"],
     "rebalance": ["rebalance"],
-    "default: project,\nrebalance, refit": ["project", "rebalance", "refit"],
+    "augment": ["augment"],
+    "default: all\nthree, and refit": ["project", "rebalance", "augment", "refit"],
 }
 
 

@@ -94,3 +94,19 @@ def test_probation_goes_on_from_its_state() -> None:
         probation.verdicts(GROUPS, WORSE)
     other.load_state_dict(probation.state_dict())
     assert list(other.verdicts(GROUPS, WORSE)) == [7]
+
+
+@pytest.mark.parametrize("misled", [4, 5])
+@pytest.mark.parametrize("side", ["others with it", "its own without"])
+def test_where_too_few_images_are_misled_nothing_is_said(misled: int, side: str) -> None:
+    """All that could be seen is what is lost where the concept was right."""
+    own = torch.arange(400) < 200
+    carried = own.clone()
+    at = 200 if side == "others with it" else 0
+    carried[at : at + misled] = ~carried[at : at + misled]
+    probation = Probation()
+    probation.begin(7, torch.ones(400, dtype=torch.bool))
+    worse = torch.arange(400) % 2 > 0
+    for _ in range(PATIENCE - 1):
+        assert probation.verdicts({7: (own, carried)}, worse) == {}
+    assert list(probation.verdicts({7: (own, carried)}, worse)) == ([7] if misled == 5 else [])

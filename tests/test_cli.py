@@ -88,7 +88,7 @@ def test_every_offender_of_a_recipe_is_named_with_its_line(
         "give it on the command line as checkpoint_path=FILE",
         f"  {path}:7: unknown key 'guard.evry'; nearest: 'guard.every'",
         f"  {path}:8: guard.action = 'penalise': penalise cannot be used here: expected observe "
-        "alone, or a list out of project, penalize, rebalance, refit that names each once",
+        "alone, or a list out of project, penalize, rebalance, augment, refit that names each once",
         f"  {path}: dataset: expected either data_dir (an image folder) or dataset: digits",
         "  command line planted.klass=1: unknown key 'planted.klass'; nearest: 'planted.class'",
         f"  {path}: lr is missing; this key is required",

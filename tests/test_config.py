@@ -20,10 +20,10 @@ def written(folder: Path, text: str) -> Path:
 
 def test_a_valid_file_is_read_with_the_rest_at_its_defaults(tmp_path: Path) -> None:
     text = "alpha: 1e-3\nstart: 1ep\nbudget: 5%\ntap: stage:-1@NHWC\n"
-    text += "action: [refit, rebalance, project]\n"
+    text += "action: [refit, augment, rebalance, project]\n"
     config = GuardConfig.load(written(tmp_path, text))
     assert config == GuardConfig(alpha=0.001, start="1ep", budget=0.05, tap="stage:-1@NHWC")
-    assert config.action == ("project", "rebalance", "refit")
+    assert config.action == ("project", "rebalance", "augment", "refit")
     assert GuardConfig.load(str(tmp_path / "guard.yaml")) == config
 
 

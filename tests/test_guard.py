@@ -195,7 +195,7 @@ def test_a_round_and_an_erasure_work_at_every_kind_of_tap(
     assert guard.tap.layout == layout
     report = guard.round()
     assert report is not None
-    assert 1 <= len(report.concepts) <= 4
+    assert 1 <= len(report.concepts) <= 5  # the brightness of marked images may be a style
     assert all(len(c.filter) == guard.tap.channels for c in report.concepts)
     with torch.no_grad():
         guard.restore(guard.erased)

@@ -204,8 +204,8 @@ def incomplete(state: State) -> None:
 
 
 REFUSED: dict[Callable[[State], None], str] = {
-    other_schema: r"schema_version 99, expected 8.*start the guard afresh",
-    without_a_schema: r"schema_version None, expected 8",
+    other_schema: r"schema_version 99, expected 9.*start the guard afresh",
+    without_a_schema: r"schema_version None, expected 9",
     incomplete: r"lacks tracked, vetoed; the checkpoint is incomplete",
 }
 

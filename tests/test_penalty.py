@@ -348,7 +348,7 @@ class Forked(nn.Module):
 def forked(rng: torch.Generator) -> tuple[Forked, Tap, Tensor, Subspace]:
     torch.manual_seed(0)
     model, images = Forked(5).train(), torch.randn(40, 3, 2, 2, generator=rng)
-    tap = Tap(model, "module:tapped", images[:2], keep_images=True)
+    tap = Tap(model, "module:tapped", images[:2], training=True)
     tap.listening = True
     model(images)
     signal = torch.randn(1, 5, generator=rng)

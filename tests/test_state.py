@@ -123,9 +123,9 @@ def test_a_state_of_this_model_is_accepted_with_keys_to_spare() -> None:
     [
         (
             saved_state(schema_version=99),
-            "guard state has schema_version 99, expected 8; load it with the concept_guard version",
+            "guard state has schema_version 99, expected 9; load it with the concept_guard version",
         ),
-        ({}, "guard state has schema_version None, expected 8"),
+        ({}, "guard state has schema_version None, expected 9"),
         ({"model": MODEL}, "guard state has schema_version None"),
         (
             {"schema_version": state.SCHEMA_VERSION, "model": MODEL},

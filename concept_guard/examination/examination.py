@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from concept_guard.attached import refuse_second, stripped
 from concept_guard.config import GuardConfig
 from concept_guard.errors import TapError
 from concept_guard.examination import opening, place
@@ -24,7 +25,6 @@ from concept_guard.examination.firing import Firing
 from concept_guard.examination.report import Cost, DoctorReport, Problem
 from concept_guard.examination.settings import Loop, settled, timing
 from concept_guard.examination.switches import switched
-from concept_guard.hooks import refuse_second, stripped
 from concept_guard.probe import random_state_kept
 from concept_guard.sites import refuse_fixed_around
 from concept_guard.taps import Tap
@@ -121,9 +121,8 @@ class _Examination:
             tap.close()
 
     def _tapped(self, patient: nn.Module, images: Tensor) -> Tap | None:
-        penalized = "penalize" in self.settings.action
         try:
-            return Tap(patient, self.settings.tap, images, keep_images=penalized)
+            return Tap(patient, self.settings.tap, images, training=True)
         except TapError as error:
             where = f"tap {self.settings.tap!r}"
             text = str(error).removeprefix(f"{where}: ")

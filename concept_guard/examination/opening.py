@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from concept_guard.attached import refuse_copies, stripped
 from concept_guard.errors import ProbeError, TapError
 from concept_guard.examination.report import Problem
-from concept_guard.hooks import refuse_copies, stripped
 from concept_guard.reading import check_counts, checked_pair
 
 _NAMED = 3  # offenders spelled out
