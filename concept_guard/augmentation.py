@@ -88,6 +88,8 @@ class Augmentation:
         if reading is not None:
             for t in concepts:
                 carried, before = t.carriers.any(dim=1).cpu(), samples.get(t.concept)
+                if len(carried) != len(reading.indices):
+                    continue  # carriers of another reading
                 if before is None or before.is_stale(reading.indices.cpu(), carried):
                     samples[t.concept] = sampled(reading, carried, self._config.seed)
         self._take(samples, device)
@@ -98,10 +100,11 @@ class Augmentation:
         for i in samples.keys() - effects.keys():
             effects[i] = effect_of(self._probe, samples[i]).to(device)
         self._effects = {i: effects[i] for i in sorted(samples)}
-        acting = [effect for effect in self._effects.values() if effect.map is not None]
-        self._maps = tuple(effect.map for effect in acting if effect.map is not None)
-        self._ids = tuple(i for i, effect in self._effects.items() if effect.map is not None)
-        self._shape = acting[0].shape if acting else torch.Size()
+        acting = {i: e for i, e in self._effects.items() if e.map is not None}
+        self._shape = next((effect.shape for effect in acting.values()), torch.Size())
+        acting = {i: e for i, e in acting.items() if e.shape == self._shape}
+        self._ids = tuple(acting)
+        self._maps = tuple(effect.map for effect in acting.values() if effect.map is not None)
         self.carried = {}
         if len(self._numbers) != len(acting):
             self._numbers = torch.ones(len(acting), 3, POSITIONS, device=device)

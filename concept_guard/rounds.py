@@ -139,7 +139,7 @@ def look(
     tested = trial.of_all(found, present, ids, erased)
     for i, (style, pair) in told.items():
         others = {c: t.present for c, t in tested.items() if t.flag.status == "found"}
-        if ids[i] in others or twin(present[:, :, i], others) is None:
+        if ids[i] in others or not _is_known(present[:, :, i], others):
             at = i, style.class_index
             tested[ids[i]] = trial.of_style(style, pair, found, present[:, :, i], at, ids[i])
     peaks = factors.amax(dim=1)
@@ -186,7 +186,7 @@ def _with_styles(
         present = style.present.to(trial.whole.rows.device)[:, None]
         present = present.expand(trial.reading.rows.shape[:2])
         pair = within_class_pair(trial.whole, present.flatten())
-        if pair is None or pair.gain <= 0 or twin(present, erased) is not None:
+        if pair is None or pair.gain <= 0 or _is_known(present, erased):
             continue
         scale = FACTOR / pair.gain
         told[len(pairs.filters)] = style, pair
@@ -197,6 +197,11 @@ def _with_styles(
             biases=torch.cat([pairs.biases, pairs.biases.new_tensor([scale * pair.threshold])]),
         )
     return pairs, told
+
+
+def _is_known(present: Tensor, known: Mapping[int, Tensor]) -> bool:
+    """Return whether a concept parts the images as a style does, or as its opposite."""
+    return any(twin(side, known) is not None for side in (present, ~present))
 
 
 def _read_anew(tracked: Tracked, trial: Trial) -> Tracked:

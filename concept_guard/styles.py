@@ -20,6 +20,7 @@ REMEMBERED = 4096  # training samples, of those since the last round
 FOLLOWED = 0.5  # correlation within classes from which a logit follows a style
 DECIDED = 0.95  # balanced accuracy from which the style decides predictions, and nothing else does
 MOST_CHANCE = 0.001  # that errors go with their labels as much, where they do not at all
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # of classes
 RIDGE = 1e-3  # of the mean variance, where a covariance is inverted
 
 
@@ -65,6 +66,7 @@ class Styles:
         self._ranks = ranks
         self._probe = torch.empty(0, 0)
         self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        self._number = 0  # of samples in it
 
     def noting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of the probe as they are, remembering mean colours on the way.
@@ -95,11 +97,14 @@ class Styles:
         """
         if colours is None or predicted is None or labels is None:
             return
-        if labels.is_floating_point() or not len(colours) == len(predicted) == len(labels):
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in WHOLE:
             return
-        self._seen.append((colours, predicted, labels.detach()))
-        while sum(map(len, (c for c, *_ in self._seen))) > REMEMBERED + len(colours):
-            self._seen.popleft()
+        if not len(colours) == len(predicted) == len(labels):
+            return
+        self._seen.append((colours.clone(), predicted.clone(), labels.detach().clone()))
+        self._number += len(labels)
+        while self._number - len(self._seen[0][0]) >= REMEMBERED:
+            self._number -= len(self._seen.popleft()[0])
 
     def found(self, reading: Reading) -> tuple[Style, ...]:
         """Return the styles that decide predictions against other evidence; then forget samples.
@@ -112,6 +117,7 @@ class Styles:
         """
         samples = [[t.cpu() for t in batch] for batch in self._seen]
         self._seen.clear()
+        self._number = 0
         told = [batch for of_one in self._ranks.gathered(samples) for batch in of_one]
         if not self._probe.numel():
             return ()
@@ -122,7 +128,8 @@ class Styles:
         colours = torch.cat([probe, *(c.double() for c, *_ in fitting)])
         predicted = torch.cat([logits.argmax(dim=1), *(p for _, p, _ in fitting)])
         classes = torch.cat([labels, *(y for *_, y in fitting)])
-        return _searched(colours, predicted, classes, logits)
+        known = (classes >= 0) & (classes < logits.shape[1])  # others are told to be ignored
+        return _searched(colours[known], predicted[known], classes[known], logits)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples since the last round; none where processes have samples of their own.
@@ -140,6 +147,7 @@ class Styles:
             saved: Result of `state_dict`.
         """
         self._seen = deque((c, p, y) for c, p, y in saved["seen"])
+        self._number = sum(len(c) for c, *_ in self._seen)
 
 
 def _searched(
@@ -207,8 +215,8 @@ def _tested(
     sided = float(test.statistic) / (len(for_k) * len(against))
     reason = (
         f"the mean colour of images decides whether they are taken for this class (balanced "
-        f"accuracy {decided:.3f}), and {int(misled.sum())} probe and training images that it "
-        f"misleads have colours of their own labels otherwise (AUC {sided:.2f}, p = "
+        f"accuracy {decided:.3f}), and in the rest of their colours {int(misled.sum())} probe and "
+        f"training images that it misleads look like their own labels (AUC {sided:.2f}, p = "
         f"{test.pvalue:.1g}): the labels are right"
     )
     return Style(k, side[:size], float(test.pvalue), reason)
