@@ -48,7 +48,7 @@ class ConceptGuard:
     same. The first one writes logs. `explain` and `baked_copy` are the business of one process.
 
     Args:
-        model: Image classifier; a module of it is hooked, nothing is wrapped or changed.
+        model: Image classifier; it is hooked, and a module of it, nothing is wrapped or changed.
         probe: Held-out `(images, labels)` batches without augmentation, read many times.
         config: `GuardConfig`, dict, YAML path, or None for the defaults.
         log_dir: Folder for TensorBoard events, and for `concept-guard approve` and its like to

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from worlds import CLASSES, PROBE, QUICK, net, world
 
 from concept_guard import ConceptGuard, DoctorReport, GuardConfig, Loop, Problem, doctor
+from concept_guard.counterfactual import Counterfactual
 from concept_guard.examination import Cost, Ratio, cost, examination, place
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -507,6 +508,25 @@ def test_the_cost_is_measured_in_turns(untouched: Untouched) -> None:
     assert "a round every 50 updates, tracking every 25 at most" in str(report).replace(
         "\n" + 32 * " ", " "
     )
+
+
+@pytest.mark.usefixtures("_short_turns")
+@pytest.mark.parametrize(("action", "edits"), [("project", False), (["project", "augment"], True)])
+def test_editing_images_is_among_the_cost_if_it_is_among_the_actions(
+    action: object, edits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited, seen = Counterfactual.edited, []
+
+    def noting(there: Counterfactual, images: Tensor, **how: Tensor) -> Tensor:
+        seen.append(edited(there, images, **how))
+        assert not torch.equal(seen[-1], images)
+        return seen[-1]
+
+    monkeypatch.setattr(Counterfactual, "edited", noting)
+    report = doctor(net(), (IMAGES, LABELS), {"action": action}, seconds=0.01)
+    assert report.cost is not None
+    assert report.cost.correcting is not None
+    assert bool(seen) == edits
 
 
 @pytest.mark.usefixtures("_short_turns")

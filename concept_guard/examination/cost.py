@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
+from concept_guard.counterfactual import mapped
 from concept_guard.examination.report import Cost, Ratio
 from concept_guard.examination.settings import Loop, in_updates
 from concept_guard.examination.switches import autocast
@@ -118,7 +119,22 @@ class Bench:
 
     def _corrector(self) -> Corrector:
         probe = probe_batches([(self.images, self.labels)], 0)
-        return Corrector(self.tap, probe, self.settings)
+        actions = [action for action in self.settings.action if action != "augment"]
+        settings = self.settings.model_copy(update={"action": tuple(actions)})
+        return Corrector(self.tap, probe, settings)  # made-up concepts do nothing to images
+
+    @cached_property
+    def _augment(self) -> Edit | None:
+        """What `augment` does for one concept that shows in the whole image, the dearest kind."""
+        if "augment" not in self.settings.action or not self.images.is_floating_point():
+            return None
+        one = torch.ones(self.images[0].numel(), dtype=torch.float64)
+        tint = mapped(0 * one, 0.1 * one, 0.5 * one, one)
+        if tint is None:
+            return None
+        there, order = tint.to(self.images.device), torch.arange(len(self.images))
+        half = (order % 2 == 0).to(self.images.device)
+        return partial(there.edited, act=torch.ones_like(half), wanted=half, donors=order)
 
     def _turns(
         self, active: Corrector | None, seconds: float
@@ -149,6 +165,7 @@ class Bench:
         model.zero_grad(set_to_none=True)
         if corrector is not None:
             self.tap.listening = bool(corrector.tracked)
+            self.tap.augment = self._augment if corrector.tracked else None
         with autocast(self.loop, self.images):
             output = model(self.images)
             logits = output[0] if isinstance(output, tuple | list) else output
