@@ -32,6 +32,8 @@ GUARD = {
     "guard, project": {"action": ["project"]},
     "guard, penalize": {"action": ["penalize"]},
     "guard, rebalance": {"action": ["rebalance"]},
+    "guard, augment": {"action": ["augment"]},
+    "guard without augment": {"action": ["project", "rebalance", "refit"]},
     "guard, refit": {"action": ["refit"]},
     "guard, fixed": {"action": ["project"], "every": NEVER, "track_every": NEVER},
 }
