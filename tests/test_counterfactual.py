@@ -228,6 +228,32 @@ def test_degrees_of_freedom_are_those_of_the_images_compared() -> None:
     torch.testing.assert_close(variances[1], torch.ones(7).double())
 
 
+def test_an_error_is_never_below_that_of_all_images() -> None:
+    common, weights = torch.ones(3).double(), torch.tensor([2.0, 3.0]).double()
+    counted, uncertain = torch.tensor([0.01, 0.2]).double(), torch.tensor([0.01, 0.5]).double()
+    variances = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 9.0]]).double()  # of 100 and 2
+    found = contrasts._errors(common, variances, uncertain, counted, weights)
+    least, own = 1 / 5, 0.01 + 0.2 * (8 * 1.0 + 2 * 0.0) / 10  # eight count as the variance of all
+    assert own < least  # control: it would be taken
+    expected = [least, 0.01 + 0.2, 0.01 + 0.2 * (8 * 1.0 + 2 * 9.0) / 10]
+    torch.testing.assert_close(found.square(), torch.tensor(expected).double())
+
+
+def test_a_channel_is_certain_before_each_of_its_values_is() -> None:
+    shown, by_chance = 0, 0
+    for seed in range(20):
+        images, labels = content(seed)
+        carried = chosen(labels, 0.3, seed=seed)
+        shift = torch.tensor([5.2, 0.0, 0.0])[:, None, None]  # in errors of a mean of 64 values
+        shift = shift / math.sqrt(SIDE**2 * comparisons(labels, carried))
+        found = summed(planted(images, carried, images + shift), labels, carried).map(0, 1)
+        shifts = torch.zeros(SHAPE) if found is None else laid_out(found)[1]
+        shown += bool(shifts[0].all())
+        by_chance += bool(shifts[1:].any())
+    assert shown >= 16  # 1.7 errors above what is certain; with five of them it were in 12
+    assert by_chance == 0  # control
+
+
 @pytest.mark.parametrize(("count", "share"), [(800, 0.1), (80, 0.2), (24, 0.3), (16, 0.4)])
 def test_nothing_is_found_where_nothing_is_planted(count: int, share: float) -> None:
     moved = 0
@@ -503,6 +529,26 @@ def test_scores_are_ratios_of_normal_likelihoods() -> None:
 
 
 # Halves, cuts and shapes
+
+
+def test_a_half_need_not_show_as_much_as_both_together() -> None:
+    ways = ((0, 1), (0,), (1,))
+    shown, by_chance = dict.fromkeys(ways, 0), 0
+    for seed in range(20):
+        images, labels = content(seed)
+        carried = chosen(labels, 0.3, seed=seed)
+        shift = torch.zeros(SHAPE)
+        shift[0, 0, 0] = 7.5 / math.sqrt(comparisons(labels, carried))  # in errors: 5.3 in a half
+        sums = summed(planted(images, carried, images + shift), labels, carried)
+        for halves in ways:
+            found = sums.map(*halves)
+            shown[halves] += found is not None and bool(laid_out(found)[1][0, 0, 0])
+        noise = summed(images, labels, carried).map(0)
+        by_chance += noise is not None and bool(laid_out(noise)[1][0, 0, 0])
+    # What is certain is 2.5 errors less, 1.8 in a half; as many errors there would be 0.3, in 12.
+    assert shown[0, 1] >= 19
+    assert min(shown[0,], shown[1,]) >= 16
+    assert by_chance == 0  # control
 
 
 def test_a_half_is_seen_alone() -> None:

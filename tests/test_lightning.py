@@ -45,9 +45,9 @@ class Classifier(LightningModule):
         return sgd(self.model)
 
 
-def batches(updates: int = MORE) -> DataLoader[Any]:
+def batches(updates: int = MORE, *, first: int = 0) -> DataLoader[Any]:
     """Return the same batches that `stream` yields, one of them per item."""
-    items = [batch for batch in stream(UPDATES + updates, first=UPDATES)]
+    items = [batch for batch in stream(UPDATES + updates, first=UPDATES + first)]
     return DataLoader(items, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -116,14 +116,15 @@ def test_a_checkpoint_is_corrected_and_a_run_resumed_from_it_ends_as_the_whole_o
     tmp_path: Path,
 ) -> None:
     whole = Classifier()
-    saver = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=MORE // 2, save_top_k=-1)
+    often = {"every_n_train_steps": MORE // 2, "save_top_k": -1}
+    saver = ModelCheckpoint(tmp_path, filename="{step}", **often)  # type: ignore[arg-type]
     trainer(tmp_path, guarding(), saver).fit(whole, batches())
-    (half,) = tmp_path.glob("half.ckpt")
+    half = tmp_path / f"step={MORE // 2}.ckpt"
     fixed = network(half)
     assert held_out(fixed)[1] > held_out(fallen())[1] + 0.2
     resumed, callback = Classifier(), guarding()
     later = trainer(tmp_path, callback, enable_checkpointing=False)
-    later.fit(resumed, batches(), ckpt_path=str(half), weights_only=True)
+    later.fit(resumed, batches(first=MORE // 2), ckpt_path=str(half), weights_only=True)
     assert callback.guard is not None
     assert callback.guard.steps == MORE
     assert not differing(resumed.model, whole.model)
@@ -132,7 +133,9 @@ def test_a_checkpoint_is_corrected_and_a_run_resumed_from_it_ends_as_the_whole_o
     del checkpoint["concept_guard_uncorrected"], checkpoint["callbacks"]
     torch.save(checkpoint, tmp_path / "bare.ckpt")
     bare = trainer(tmp_path, guarding(), enable_checkpointing=False)
-    bare.fit(again, batches(), ckpt_path=str(tmp_path / "bare.ckpt"), weights_only=True)
+    bare.fit(
+        again, batches(first=MORE // 2), ckpt_path=str(tmp_path / "bare.ckpt"), weights_only=True
+    )
     assert differing(again.model, whole.model)
 
 
