@@ -127,7 +127,7 @@ class Augmentation:
             images: `(B, ...)` as the model is called with them.
 
         Returns:
-            As many, edited; the same object where nothing is.
+            As many, edited, in the same memory format; the same object where nothing is.
         """
         if not self._maps:
             return images
@@ -136,6 +136,7 @@ class Augmentation:
         self.carried = {}
         if not fits:
             return images
+        is_last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
         if self.remembers:
             with torch.autocast(images.device.type, enabled=False):
                 carried = [there.carried(images) for there in self._maps]
@@ -146,7 +147,7 @@ class Augmentation:
                 kept, wanted, donor = numbers[:, at]
                 donors = (donor * len(images)).long().clamp(max=len(images) - 1)
                 images = there.edited(images, kept < 0.5, wanted < 0.5, donors)
-        return images
+        return images.contiguous(memory_format=torch.channels_last) if is_last else images
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; effects are estimated again, from the same images.

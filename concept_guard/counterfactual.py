@@ -87,7 +87,8 @@ class Counterfactual:
 
         Returns:
             `(B, ...)` in the dtype of the images; what has the concept and is to have it, or lacks
-            it and is to lack it, keeps its own values where nothing is covered.
+            it and is to lack it, keeps its own values, as float32 has them, where nothing is
+            covered.
         """
         values = self.picked(images)
         has = self.scores(values) > self.threshold
@@ -138,8 +139,8 @@ def mapped(centre: Tensor, level: Tensor, ratio: Tensor, variance: Tensor) -> Co
     gains = torch.stack([torch.ones_like(into), into, back])
     shifts = torch.stack([torch.zeros_like(into), there - into * centre, centre - back * there])
     narrowed = ratio.square() * variance  # with the concept
-    squares = changed * 0.5 * (1 / variance - 1 / narrowed) / number
-    linear = changed * (there / narrowed - centre / variance) / number
+    squares = 0.5 * (1 / variance - 1 / narrowed) / number  # 0 where nothing changes
+    linear = (there / narrowed - centre / variance) / number
     at = changed.nonzero()[:, 0] if number < DENSE * len(changed) else None
     picked = slice(None) if at is None else at
     return Counterfactual(

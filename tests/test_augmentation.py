@@ -595,3 +595,14 @@ def hold_the_same(rank: int, _folder: Path) -> None:
 @pytest.mark.thorough
 def test_two_processes_hold_the_same_and_edit_images_of_their_own(tmp_path: Path) -> None:
     together(hold_the_same, tmp_path)
+
+
+def test_images_keep_their_memory_format() -> None:
+    guard = editing()
+    images = next(stream(1))[0]
+    plain = guard._corrector.augmentation(images)
+    last = guard._corrector.augmentation(images.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.is_contiguous(memory_format=torch.channels_last)  # control
+    assert torch.equal(plain, last)
+    assert not torch.equal(plain, images)
