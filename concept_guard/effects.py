@@ -135,7 +135,7 @@ def effect_of(probe: Batches, sample: Sample) -> Effect:
         sample: Images of it, which carry the concept or not.
 
     Returns:
-        The effect.
+        The effect; its map is None where it does not serve, and it says why.
     """
     nothing = Effect(sample, f"{LEFT}none of their values certainly changes with it")
     if not len(sample.images):
