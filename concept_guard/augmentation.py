@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concept_guard.config import GuardConfig
 from concept_guard.counterfactual import Counterfactual
-from concept_guard.effects import Effect, Sample, effect_of, sampled
+from concept_guard.effects import LEFT, Effect, Sample, effect_of, sampled
 from concept_guard.probe import Batches
 from concept_guard.reading import Reading
 from concept_guard.tracking import Tracked
@@ -67,7 +67,13 @@ class Augmentation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is done here about every concept under correction, in a sentence."""
-        return tuple(f"concept {i}: {effect.said}" for i, effect in self._effects.items())
+        return tuple(f"concept {i}: {self._said(i)}" for i in self._effects)
+
+    def _said(self, concept: int) -> str:
+        effect = self._effects[concept]
+        if effect.map is None or concept in self._ids:
+            return effect.said
+        return f"{LEFT}those with it are of another size than those with concept {self._ids[0]}"
 
     def follow(
         self, concepts: Sequence[Tracked], reading: Reading | None, device: torch.device

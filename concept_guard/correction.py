@@ -14,7 +14,7 @@ from torch.nn import functional
 from concept_guard.directions import Subspace
 from concept_guard.errors import BakeError
 from concept_guard.ranks import ALONE, Ranks
-from concept_guard.tracking import Tracked
+from concept_guard.tracking import Tracked, images_with
 
 LARGEST_WEIGHT = 5.0  # larger ones destroyed training (0.04 instead of 0.76 on unmarked digits)
 STEP = 0.1  # width of the step of a gate, as a share of the way from absence to presence
@@ -213,18 +213,16 @@ class GroupCounts:
         Returns:
             `(B,)` positive weights in float32, on the device of the rows.
         """
-        weight = torch.ones(len(labels), dtype=torch.float64, device=rows.device)
         if not tracked:
-            return weight.float()
-        carriers = [concept.read(rows).any(dim=1) for concept in tracked]
-        classes = len(self.counts[tracked[0].concept])
-        seen = torch.stack([grouped(labels, carried, classes) for carried in carriers])
-        seen = self._ranks.summed(seen)
-        for concept, carried, counts in zip(tracked, carriers, seen, strict=True):
-            known = self.counts[concept.concept]
-            known.mul_(MEMORY).add_(counts)
-            table = weight_table(known, LARGEST_WEIGHT, strength).to(rows.device)
-            weight *= table[labels, carried.long()]
+            return torch.ones(len(labels), device=rows.device)
+        carried, ids = images_with(tracked, rows), [concept.concept for concept in tracked]
+        known = torch.stack([self.counts[i] for i in ids])
+        seen = self._ranks.summed(grouped(labels, carried, known.shape[1]))
+        known = known.mul_(MEMORY).add_(seen)
+        self.counts |= dict(zip(ids, known, strict=True))
+        table = weight_table(known, LARGEST_WEIGHT, strength).to(rows.device)
+        each = torch.arange(len(ids), device=rows.device)[:, None]
+        weight = table[each, labels.to(rows.device), carried.long()].prod(dim=0)
         return weight.clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT).float()
 
 
@@ -259,30 +257,34 @@ def grouped(labels: Tensor, carried: Tensor, num_classes: int) -> Tensor:
 
     Args:
         labels: `(N,)` classes.
-        carried: `(N,)` bool.
+        carried: `(N,)` bool, or `(K, N)` of several concepts.
         num_classes: M.
 
     Returns:
-        `(M, 2)` float64 counts, absent and present, on the CPU.
+        `(M, 2)` or `(K, M, 2)` float64 counts, absent and present, on the CPU.
     """
-    group = labels.cpu() * 2 + carried.long().cpu()
-    return torch.bincount(group, minlength=2 * num_classes).view(-1, 2).double()
+    groups, alike = 2 * num_classes, torch.atleast_2d(carried.cpu())
+    first = groups * torch.arange(len(alike))[:, None]
+    group = first + labels.cpu() * 2 + alike.long()
+    counts = torch.bincount(group.flatten(), minlength=groups * len(alike)).double()
+    return counts.view(*carried.shape[:-1], num_classes, 2)
 
 
 def weight_table(counts: Tensor, most: float, strength: float = 1.0) -> Tensor:
     """Return the weights of groups: rarer ones up to so many times the commoner one, mean 1.
 
     Args:
-        counts: `(M, 2)` samples by class and presence.
+        counts: `(..., M, 2)` samples by class and presence.
         most: The largest ratio.
         strength: Power of the ratio, between 0 (all weigh the same) and 1.
 
     Returns:
-        `(M, 2)` weights.
+        `(..., M, 2)` weights.
     """
-    ratio = counts.max(dim=1, keepdim=True).values / counts.clamp_min(1e-9)
+    ratio = counts.amax(dim=-1, keepdim=True) / counts.clamp_min(1e-9)
     raw = (ratio**strength).clamp(1.0, most)
-    return raw * counts.sum() / (raw * counts).sum().clamp_min(1e-9)
+    samples = counts.sum(dim=(-2, -1), keepdim=True)
+    return raw * samples / (raw * counts).sum(dim=(-2, -1), keepdim=True).clamp_min(1e-9)
 
 
 def check_bakeable(classifier: nn.Linear | None, tap: str, *, gated: bool) -> nn.Linear:

@@ -63,7 +63,7 @@ class Counterfactual:
             `(B, n)` float32.
         """
         values = images.flatten(1).float()
-        return values if self.at is None else values[:, self.at]
+        return values if self.at is None else values.index_select(1, self.at)
 
     def carried(self, images: Tensor) -> Tensor:
         """Return which images have the concept, by their values.
@@ -93,9 +93,11 @@ class Counterfactual:
         values = self.picked(images)
         has = self.scores(values) > self.threshold
         kind = torch.where(act, (wanted & ~has) + 2 * (has & ~wanted).long(), 0)
-        new = self.shifts[kind].addcmul_(values, self.gains[kind])
+        gains, shifts = (of.index_select(0, kind) for of in (self.gains, self.shifts))
+        new = shifts.addcmul_(values, gains)
         if self.covered is not None:
-            other = torch.where(has[donors, None], self.centre, values[donors])
+            given = values.index_select(0, donors)
+            other = torch.where(has[donors, None], self.centre, given)
             new = torch.where((act & ~wanted)[:, None] & self.covered, other, new)
         new = new.to(images.dtype)
         if self.at is not None:

@@ -100,7 +100,7 @@ class Tap:
         """
         head = self._classifier
         model = self._model
-        if head is None or model is None or any(m is self._module for m in model.modules()):
+        if head is None or model is None or _is_part(self._module, self.path, model):
             return head
         raise TapError(
             f"the classifier behind tap {self._where!r} is no longer part of the model, expected "
@@ -319,6 +319,16 @@ class Tap:
         if rows is None:
             raise silence(_surveyed(model, self._where, images[:2]), self._where, self.path)
         return logits.float(), rows
+
+
+def _is_part(module: nn.Module | None, path: str, model: nn.Module) -> bool:
+    """Return whether a module is part of a model, most likely at its old place."""
+    try:
+        if model.get_submodule(path) is module:
+            return True
+    except AttributeError:  # its old place is gone
+        pass
+    return any(m is module for m in model.modules())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 Nothing here knows how the pair is used; the rows come from the guard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,22 @@ class Tracked:
         scatter = Scatter(rows.flatten(0, 1), repeated)
         pair = within_class_pair(scatter, present, shrinkage=self.pair.shrinkage)
         return self if pair is None else replace(self, pair=pair)
+
+
+def images_with(concepts: Sequence[Tracked], rows: Tensor) -> Tensor:
+    """Return which images carry each of some concepts in any of their rows, as their pairs read.
+
+    Args:
+        concepts: K of them, at least one.
+        rows: `(N, Q, C)` activations, before any correction.
+
+    Returns:
+        `(K, N)` bool.
+    """
+    filters = torch.stack([t.pair.filter for t in concepts]).to(rows)
+    thresholds = filters.new_tensor([t.pair.threshold for t in concepts])
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows @ filters.T > thresholds).any(dim=1).T
 
 
 def reference_images(

@@ -40,6 +40,7 @@ from concept_guard.config import GuardConfig
 from concept_guard.hooks import ImagesHook, OutcomeHook, Shared
 from concept_guard.probe import probe_batches
 from concept_guard.ranks import digest
+from concept_guard.reading import Reading
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 ALONE = {"action": ["augment"]}
@@ -550,6 +551,34 @@ def test_a_concept_that_cannot_be_read_from_images_leaves_them_as_they_are(
     assert guard.erased
     assert guard.tap.augment is None
     assert seen(guard.tap.model.train(), images) is images
+
+
+def test_concepts_in_images_of_two_sizes_are_not_both_said_to_be_edited() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels, carried = torch.arange(800) // 100, torch.rand(800, generator=rng) < 0.4
+    sizes = [torch.randn(400, 3, side, side, generator=rng) for side in (12, 10)]
+    batches, held = [], []
+    for half, images in enumerate(sizes):
+        own = torch.arange(800) // 400 == half
+        images[carried[own], :, :2, :2] = 2.0
+        batches += zip(images.split(50), labels[own].split(50), strict=True)
+        held.append(SimpleNamespace(concept=half, carriers=(carried & own)[:, None]))
+    probe = probe_batches(batches, 0)
+    augmentation = Augmentation(probe, GuardConfig(action=["augment"]))
+    rows = torch.zeros(800, 1, 2), torch.zeros(800, 8)
+    reading = Reading(*rows, labels, torch.arange(800), 800, (1, 1))
+    for concepts in (held, held[1:]):  # the second one alone is edited
+        augmentation.follow(concepts, reading, torch.device("cpu"))
+        said = [note.split(";")[0] for note in augmentation.notes]
+        edited = [note.endswith("training images get it and lose it at random") for note in said]
+        assert edited == [True, False][: len(concepts)]
+        if len(concepts) == 2:
+            assert said[1] == (
+                "concept 1: training images are left as they are: those with it are of another "
+                "size than those with concept 0"
+            )
+    assert augmentation(sizes[1]) is not sizes[1]
+    assert augmentation(sizes[0]) is sizes[0]  # control
 
 
 def test_without_a_concept_the_same_object_comes_back() -> None:

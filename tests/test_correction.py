@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from concept_guard.correction import (
     Projection,
     bake_into,
     check_bakeable,
+    grouped,
     projection,
 )
 from concept_guard.directions import Scatter, Subspace, WithinClassPair, within_class_pair
 from concept_guard.errors import BakeError
 from concept_guard.influence import erase, steps
-from concept_guard.tracking import Tracked
+from concept_guard.tracking import Tracked, images_with
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -229,6 +231,29 @@ def test_several_concepts_multiply_and_stay_bounded() -> None:
     weights = started(steep, *concepts).weights(concepts, steep.rows[:, None], steep.labels)
     assert float(weights.max()) == 5.0
     assert float(weights.min()) >= 0.2 - 1e-7
+
+
+def test_each_of_several_concepts_is_counted_by_its_own_pair(rng: torch.Generator) -> None:
+    world = marked_world(count=4000, rates=(0.7, 0.3, 0.3, 0.3))
+    one, other = of_the_mark(world, 1), of_the_mark(world, 2)
+    filter_ = normal(rng, world.rows.shape[1]).float()
+    at = float((world.rows @ filter_).quantile(0.8))
+    other = replace(other, pair=replace(other.pair, filter=filter_, absent=at, gain=0.0))
+    seen, alone = (world.rows[:, None], world.labels), []
+    counts = GroupCounts()
+    for concept in (one, other):
+        carried = concept.read(seen[0]).any(dim=1)
+        counts.start(concept.concept, world.labels, carried, 4)
+        single = GroupCounts()
+        single.start(concept.concept, world.labels, carried, 4)
+        alone.append(single.weights([concept], *seen))
+        assert torch.equal(images_with([one, other], seen[0])[len(alone) - 1], carried)
+        expected = grouped(world.labels, carried, 4)
+        assert torch.equal(grouped(world.labels, torch.stack([~carried, carried]), 4)[1], expected)
+    both = counts.weights([one, other], *seen)
+    torch.testing.assert_close(both, (alone[0] * alone[1]).clamp(0.2, 5), rtol=1e-6, atol=0)
+    assert not torch.equal(alone[0], alone[1])  # control: they weigh otherwise
+    assert len(counts.weights([one, other], seen[0][:0], world.labels[:0])) == 0
 
 
 def test_presence_is_read_beyond_the_threshold_at_any_position() -> None:

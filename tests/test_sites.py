@@ -82,6 +82,8 @@ def test_a_pointwise_convolution_is_read_and_written_as_the_linear_map_that_it_i
     torch.testing.assert_close(head(rows), logits, rtol=0, atol=rounding)
     assert (logits - reading.logits).abs().max() > 10 * rounding  # control: the model has changed
     assert len([*model.fc.parameters()]) == 2
+    model.fc = nn.Sequential(nn.Identity(), model.fc)
+    assert tap.classifier is head  # control: it is elsewhere now, but still there
     model.reset_classifier(CLASSES)
     with pytest.raises(TapError, match="no longer part of the model"):
         _ = tap.classifier

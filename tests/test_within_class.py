@@ -122,6 +122,21 @@ def test_fewer_rows_than_channels_and_no_shrinkage_stay_finite(rng: torch.Genera
         assert float(pair.filter @ pair.signal) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("shrinkage", [0.01, 0.3, 1.0])
+def test_fewer_rows_than_channels_give_the_pair_of_the_definition(
+    rng: torch.Generator, shrinkage: float
+) -> None:
+    rows, labels = normal(rng, 24, 40) + 3, torch.arange(24) % 3
+    present = torch.rand(24, generator=rng) < 0.4
+    pair = estimated(rows, labels, present, shrinkage)
+    signal, direction, _ = written_out(rows, labels, present, shrinkage)
+    tol = 1e3 * EPS * 40 / shrinkage  # the smallest eigenvalue is the shrinkage of the mean one
+    torch.testing.assert_close(pair.signal, signal, rtol=0, atol=1e3 * EPS)
+    torch.testing.assert_close(pair.filter, direction, rtol=tol, atol=tol)
+    half = estimated(rows, labels, present, shrinkage / 2).filter
+    assert (half - direction).abs().max() > 1e3 * tol  # control: the shrinkage counts
+
+
 def test_float32_rows_give_a_float32_pair_that_keeps_three_digits() -> None:
     world = marked_world()
     pair = estimated(world.rows, world.labels, world.mark)

@@ -43,6 +43,11 @@ class Scatter:
         return self.rows - means[self.labels]
 
     @cached_property
+    def square(self) -> float:
+        """Sum of the squares of the centred rows, the trace of their product."""
+        return float(self.centred.to(torch.float64).square().sum())
+
+    @cached_property
     def product(self) -> Tensor:
         """`(C, C)` sum of the products of centred rows, float64."""
         with few_threads(self.rows.numel()):

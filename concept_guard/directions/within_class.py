@@ -68,13 +68,18 @@ def _estimate(scatter: Scatter, present: Tensor, shrinkage: float | None) -> Wit
     count, total = group_sums(scatter.centred, group, 2 * (int(scatter.labels.max()) + 1))
     means = total / count.clamp_min(1)[:, None]
     signal = signal_of(count, means)
-    covariance = (scatter.product - total.T @ means) / len(rows)
-    rounding = 10 * torch.finfo(rows.dtype).eps * float(scatter.product.diagonal().sum())
-    if signal is None or float(covariance.diagonal().sum()) * len(rows) <= rounding:
+    within = scatter.square - float((total * means).sum())
+    if signal is None or within <= 10 * torch.finfo(rows.dtype).eps * scatter.square:
         return None
-    if shrinkage is None:
-        shrinkage = shrinkage_of(scatter.centred - means[group].to(rows.dtype), covariance)
-    direction = discriminant(covariance, signal, shrinkage).to(rows.dtype)
+    if shrinkage is not None and len(rows) < rows.shape[1]:
+        residual = scatter.centred.to(torch.float64) - means[group]
+        direction = discriminant_of_few(residual, signal, shrinkage)
+    else:
+        covariance = (scatter.product - total.T @ means) / len(rows)
+        if shrinkage is None:
+            shrinkage = shrinkage_of(scatter.centred - means[group].to(rows.dtype), covariance)
+        direction = discriminant(covariance, signal, shrinkage)
+    direction = direction.to(rows.dtype)
     factor = rows @ direction
     off, on = factor[~present], factor[present]
     gain = float(on.median() - off.median())
@@ -102,6 +107,30 @@ def discriminant(covariance: Tensor, signal: Tensor, shrinkage: float) -> Tensor
     covariance *= 1 - shrinkage
     covariance.diagonal().add_(max(shrinkage, 1e-6) * level)
     direction = torch.cholesky_solve(signal[:, None], root_of(covariance))[:, 0]
+    return direction / (direction @ signal)
+
+
+def discriminant_of_few(residual: Tensor, signal: Tensor, shrinkage: float) -> Tensor:
+    """Return the filter of a signal vector under the shrunk covariance of few rows.
+
+    The same as `discriminant`, by the products of rows in place of those of channels (Woodbury's
+    identity): with 53 rows of 512 channels in a tenth of the time.
+
+    Args:
+        residual: `(P, C)` float64 rows less the means of their groups, fewer than channels.
+        signal: `(C,)` float64.
+        shrinkage: Of the covariance.
+
+    Returns:
+        `(C,)` with `filter . signal = 1`.
+    """
+    rows, channels = residual.shape
+    level = residual.square().sum() / (rows * channels)
+    ridge = max(shrinkage, 1e-6) * level
+    gram = residual @ residual.T * ((1 - shrinkage) / rows)
+    gram.diagonal().add_(ridge)
+    inner = torch.linalg.solve(gram, residual @ signal) * ((1 - shrinkage) / rows)
+    direction: Tensor = (signal - residual.T @ inner) / ridge
     return direction / (direction @ signal)
 
 
