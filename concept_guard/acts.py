@@ -120,8 +120,8 @@ class Acts:
     def _erase(self, ids: list[int], step: int) -> bool:
         if not self._config.action:
             raise ValueError(
-                "nothing is erased under action: observe; set action to project, penalize or "
-                "rebalance"
+                "nothing is erased under action: observe; set action to project, penalize, "
+                "rebalance or augment"
             )
         return self._correct(self._known(ids), step)
 

@@ -1,12 +1,11 @@
 """Stage 1: read rows at one place of the model, and edit them there on passes in eval mode.
 
-Nothing here knows what a row means: no concepts, no schedule. The only file that adds hooks.
+Nothing here knows what a row means: no concepts, no schedule. The only file that leaves hooks on
+a model.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from concept_guard.attached import refuse_copies, refuse_second
 from concept_guard.errors import TapError
-from concept_guard.heads import is_head
 from concept_guard.hooks import Edit, Hook, ImagesHook, OutcomeHook, Shared
 from concept_guard.layouts import positions
 from concept_guard.probe import counted, isolated, probe_batches
 from concept_guard.reading import Reading, Reservoir, check_labels, checked_pair
-from concept_guard.sites import Site, Survey, locate, refuse_fixed, silence, way_out
+from concept_guard.sites import silence
+from concept_guard.surveying import placed, settled, surveyed, unwrapped
 
 __all__ = ["Edit", "Reading", "Tap", "check_labels", "isolated", "probe_batches"]
 
@@ -55,10 +54,10 @@ class Tap:
     def __init__(
         self, model: nn.Module, where: str, sample: Tensor, *, training: bool = False
     ) -> None:
-        self._model: nn.Module | None = _unwrapped(model)
+        self._model: nn.Module | None = unwrapped(model)
         refuse_copies(self._model)
-        survey = _surveyed(self._model, where, sample)
-        site = _settled(survey, where)
+        survey = surveyed(self._model, where, sample)
+        site = settled(survey, where)
         refuse_second(site.module, site.path, before=where == "pre_logits")
         self.path, self.channels, self._classifier = site.path, site.channels, site.classifier
         self._module: nn.Module | None = site.module
@@ -285,7 +284,7 @@ class Tap:
             return None
         with self._own_pass(self.edit) as model:
             rows = self._forward(model, images)[1][:, 0]
-            maps = model.forward_features(_placed(model, images))  # type: ignore[operator]
+            maps = model.forward_features(placed(model, images))  # type: ignore[operator]
         if not isinstance(maps, Tensor) or maps.ndim != 4:
             return None
         for found in (maps.float().movedim(1, -1), maps.float()):
@@ -314,10 +313,10 @@ class Tap:
 
     def _forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         self._shared.rows = None
-        logits: Tensor = model(_placed(model, images))
+        logits: Tensor = model(placed(model, images))
         rows = self._shared.rows
         if rows is None:
-            raise silence(_surveyed(model, self._where, images[:2]), self._where, self.path)
+            raise silence(surveyed(model, self._where, images[:2]), self._where, self.path)
         return logits.float(), rows
 
 
@@ -329,84 +328,3 @@ def _is_part(module: nn.Module | None, path: str, model: nn.Module) -> bool:
     except AttributeError:  # its old place is gone
         pass
     return any(m is module for m in model.modules())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside distributed wrappers; refuse one whose graph is fixed."""
-    refuse_fixed(model, "")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return _unwrapped(model.module)
-    return model
-
-
-def _placed(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the images on the device and, if they are floating, in the precision of the model."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.is_floating_point():
-            dtype = tensor.dtype if images.is_floating_point() else images.dtype
-            return images.to(tensor.device, dtype)
-    return images
-
-
-def _settled(survey: Survey, where: str) -> Site:
-    """Return the place that a tap names; refuse one whose rows the logits do not depend on.
-
-    Such as tokens that are left unread.
-
-    Raises:
-        TapError: If there is no such place, or changing the images changes the logits and
-            changing the rows does not.
-    """
-    site = locate(survey, where)
-    if where != "pre_logits" and not _has_effect(survey, site):
-        raise TapError(
-            f"tap {where!r} ({site.path}): changing its rows changes no logit, expected a place "
-            "that the logits depend on (a classifier that reads the class token alone leaves the "
-            f"last block's other tokens unread); use {way_out(survey)}"
-        )
-    return site
-
-
-def _has_effect(survey: Survey, site: Site) -> bool:
-    push = torch.randn(site.channels, generator=torch.Generator().manual_seed(0))
-
-    def pushed(rows: Tensor) -> Tensor:
-        return rows + push.to(rows) * (1.0 + rows.abs().amax())
-
-    model, images, plain = survey.model, _placed(survey.model, survey.images), survey.logits
-    with isolated(model):
-        hook = site.module.register_forward_hook(Hook(site.layout, Shared(pushed), is_copy=True))
-        try:
-            if not torch.equal(plain, model(images)):
-                return True
-        finally:
-            hook.remove()
-        return torch.equal(plain, model(images.flip(-1)))  # no logit depends on anything yet
-
-
-# One isolated pass of the images: what every module returned, and which ones may be the head.
-def _surveyed(model: nn.Module, where: str, images: Tensor) -> Survey:
-    if images.ndim < 2 or not len(images):
-        raise TapError(f"tap {where!r}: sample has shape {tuple(images.shape)}, expected images")
-    outputs: dict[nn.Module, list[tuple[int, ...] | str]] = {}
-    heads: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        outputs.setdefault(module, []).append(seen)
-        if isinstance(output, Tensor) and args and is_head(module, args[0]):
-            heads.append((module, args[0].clone(), output.clone()))
-
-    with isolated(model), ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_hook(note).remove)
-        logits = model(_placed(model, images))
-    survey = Survey(model, images, logits, outputs, heads)
-
-    def works(other: str) -> bool:
-        try:
-            return bool(_settled(survey, other))
-        except TapError:
-            return False
-
-    return replace(survey, works=works)
