@@ -16,9 +16,9 @@ idle thread. `--cpu-time` counts processor time, for machines that are shared.
 Rows of the table (bound):
     observe   `action: observe`, between rounds (1 %)
     nothing   the default actions, nothing flagged, between rounds (1 %)
-    active    the default actions, four concepts corrected and tracked every 25 updates (8 %)
+    active    the default actions, four concepts corrected and tracked every 35 updates (8 %)
     round     a round in that state, over the forward pass alone (2 times); with `--rounds`
-Updates with and without the guard take turns of 5 in changing order; 25 of either make a pair, 10
+Updates with and without the guard take turns of 5 in changing order; 35 of either make a pair, 10
 where nothing is tracked, and the figure is the median of the quotients of the pairs, with
 quartiles. Rounds and forward passes take turns likewise.
 """
@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from concept_guard import ConceptGuard
 
 PROBE, TRAIN = 4096, 8000
-TURN, TRACKED = 5, 25  # updates per turn, updates between trackings
+TURN, TRACKED = 5, 35  # updates per turn, and between trackings of 320 images at batches of 64
 TURNS = {"observe": 2, "nothing": 2, "active": TRACKED // TURN}  # per pair; one tracking in each
 NEVER = 10**9
 CONCEPTS = 4  # under correction, as many as there are shortcuts

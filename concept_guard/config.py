@@ -19,6 +19,7 @@ __all__ = ["GuardConfig", "read_yaml", "validated"]
 
 _ACTIONS = ("project", "penalize", "rebalance", "augment", "refit")
 _DEFAULT = ("project", "rebalance", "augment", "refit")
+TRACKED = 25  # updates between re-estimations, the fewest of `auto`
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _TAP = re.compile(r"(pre_logits|stage:-?\d+|module:[^@\s]+)(@(NCHW|NHWC|NLC))?")
 
@@ -50,6 +51,15 @@ def _parse_schedule(value: object) -> object:
     if epochs and float(epochs[1]) > 0:
         return value
     raise ValueError('expected a whole number of updates, at least 1, or epochs such as "1ep"')
+
+
+def _parse_track_every(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        return _parse_schedule(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or auto") from None
 
 
 def _parse_ramp(value: object) -> object:
@@ -103,7 +113,8 @@ class GuardConfig(StrictModel):
         start: Updates before the first round, or epochs such as `1ep`.
         every: Updates between rounds, or epochs.
         track_every: Updates between re-estimations of the tracked pairs while they move, or
-            epochs; up to four times as many while they do not.
+            epochs; up to four times as many while they do not. `auto` is 25, more where batches
+            are small: seven training images for every reference image.
         action: What is done about a flagged concept: any of `project`, `penalize`, `rebalance`
             and `augment`, always in this order; and whether baking may `refit` the classifier to
             the probe. Empty means observe only.
@@ -132,7 +143,7 @@ class GuardConfig(StrictModel):
     concepts: Annotated[int | Literal["auto"], BeforeValidator(_parse_concepts)] = "auto"
     start: _Schedule = 100
     every: _Schedule = 200
-    track_every: _Schedule = 25
+    track_every: Annotated[int | str, BeforeValidator(_parse_track_every)] = "auto"
     action: Annotated[tuple[str, ...], BeforeValidator(_parse_action)] = _DEFAULT
     max_erased: int = Field(default=16, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -157,12 +168,15 @@ class GuardConfig(StrictModel):
             name: Which schedule.
 
         Returns:
-            At least 1, but for a ramp of 0; epochs are rounded to whole updates.
+            At least 1, but for a ramp of 0; epochs are rounded to whole updates. For `auto` the
+            fewest.
 
         Raises:
             ConfigError: If the schedule is in epochs and `steps_per_epoch` is not set.
         """
         value = getattr(self, name)
+        if value == "auto":
+            return TRACKED
         if isinstance(value, int):
             return value
         if self.steps_per_epoch is None:

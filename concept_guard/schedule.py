@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from concept_guard.acts import Acts
-from concept_guard.clock import Clock, Pace, Timetable
+from concept_guard.clock import Clock, Pace, Timetable, spacing
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.decisions import Channel, Stage
@@ -147,15 +147,23 @@ class Schedule:
         self._acts.heed(self.steps)
         report = self._watch.round(self.steps, self.clock.share)
         if report is not None:
-            self._pace.estimated(self.steps)
+            self._pace.estimated(self.steps, spaced=self._spacing())
         self._tell("training")
         return report
 
     def _track(self) -> None:
-        self._pace.estimated(self.steps)  # also if what follows fails
+        spaced = self._spacing()
+        self._pace.estimated(self.steps, spaced=spaced)  # also if what follows fails
         misread = self._corrector.track()
-        self._pace.estimated(self.steps, misread)
+        self._pace.estimated(self.steps, misread, spaced=spaced)
         self._watch.estimated(self.steps, misread)
+
+    def _spacing(self) -> int:
+        """Return the fewest updates between estimates, by the batches of the first process."""
+        if self._config.track_every != "auto":
+            return 1
+        references = sum(len(t.images) for t in self._corrector.tracked)
+        return spacing(references, self._ranks.of_first(self._tap.batch))
 
     def _bake(self) -> str:
         self._acts.heed(self.steps)

@@ -45,6 +45,7 @@ class Tap:
             having the same.
         num_prefix: Tokens in front of the spatial ones; never read, never edited.
         num_classes: Number of logits, M.
+        batch: Images in the last train-mode pass that was noted and forgotten; 0 before.
 
     Raises:
         TapError: If the place does not exist, never fires, has no rows, is guarded already, or
@@ -62,7 +63,7 @@ class Tap:
         self.path, self.channels, self._classifier = site.path, site.channels, site.classifier
         self._module: nn.Module | None = site.module
         self.layout, self.num_prefix = site.layout.name, site.layout.prefix
-        self.grid, self.num_classes = site.grid, survey.logits.shape[1]
+        self.grid, self.num_classes, self.batch = site.grid, survey.logits.shape[1], 0
         self._where, self._layout, self._shared = where, site.layout, Shared()
         self._shared.keeping = site.classifier is None
         self._hook = Hook(self._layout, self._shared)
@@ -164,7 +165,9 @@ class Tap:
         return self._shared.colours, self._shared.predicted
 
     def forget(self) -> None:
-        """Drop what the last train-mode pass left behind."""
+        """Drop what the last train-mode pass left behind, but for the number of its images."""
+        if self._shared.predicted is not None:
+            self.batch = len(self._shared.predicted)
         self._shared.captured = self._shared.images = None
         self._shared.colours = self._shared.predicted = None
 

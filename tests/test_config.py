@@ -60,6 +60,8 @@ def test_one_message_names_every_offender_with_its_line(tmp_path: Path) -> None:
         ({"start": 0}, "start = 0: expected a whole number of updates, at least 1, or epochs"),
         ({"every": "0ep"}, "every = '0ep': expected a whole number"),
         ({"track_every": True}, "track_every = True: expected a whole number"),
+        ({"track_every": "often"}, "track_every = 'often': .* such as \"1ep\"; or auto"),
+        ({"every": "auto"}, "every = 'auto': expected a whole number"),
         ({"every": "2 epochs"}, "every = '2 epochs': expected a whole number"),
         ({"action": ["project", "observe"]}, "observe cannot be used here: expected observe alone"),
         ({"action": ["project", "project"]}, "project cannot be used here: .* names each once"),
@@ -121,6 +123,7 @@ def test_schedules_count_updates_or_epochs() -> None:
     assert [config.updates(name) for name in ("start", "every", "track_every")] == [30, 28, 1]
     assert GuardConfig(ramp="1ep", steps_per_epoch=14).updates("ramp") == 14
     assert (GuardConfig().updates("ramp"), GuardConfig(ramp=7).updates("ramp")) == (0, 7)
+    assert (GuardConfig().track_every, GuardConfig().updates("track_every")) == ("auto", 25)
     with pytest.raises(ConfigError, match="every = '2ep' is in epochs, but steps_per_epoch"):
         GuardConfig(every="2ep").updates("every")
 

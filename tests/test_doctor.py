@@ -505,7 +505,7 @@ def test_the_cost_is_measured_in_turns(untouched: Untouched) -> None:
     assert (found.rows, found.channels, found.reading_bytes) == (400, 32, 4 * 400 * 32)
     assert found.correcting_share is not None
     assert 0 < found.observing_share < 1
-    assert "a round every 50 updates, tracking every 25 at most" in str(report).replace(
+    assert "a round every 50 updates, tracking every 70 at most" in str(report).replace(
         "\n" + 32 * " ", " "
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 from worlds import PROBE, correcting, fallen, net, stream, train, world
 
 from concept_guard import ConceptGuard
-from concept_guard.clock import Pace, Timetable
+from concept_guard.clock import Pace, Timetable, spacing
 
 
 def rounds(guard: ConceptGuard, model: nn.Module, updates: int) -> list[int]:
@@ -100,6 +100,43 @@ def test_the_pace_is_kept_within_the_bounds_set_now() -> None:
         other.load_state_dict(pace.state_dict())
     assert due(slower, [None, None], first=43) == [55, 155]
     assert due(faster, [None, None], first=43) == [55, 59]
+
+
+def test_estimates_are_spaced_however_the_pairs_move() -> None:
+    pace = Pace(3)
+    pace.estimated(0, 1.0, spaced=5)
+    assert [pace.is_due(step) for step in (4, 5)] == [False, True]
+    pace.estimated(5, 1.0, spaced=2)  # control: fewer than the shortest
+    assert [pace.is_due(step) for step in (7, 8)] == [False, True]
+
+
+@pytest.mark.parametrize("batch", [1, 31, 32, 64, 89, 90, 320, 10_000])
+def test_a_seventh_as_many_reference_images_as_training_images_are_read(batch: int) -> None:
+    updates = spacing(320, batch)
+    assert updates * batch >= 7 * 320
+    assert (updates - 1) * batch < 7 * 320  # control: one fewer is too few
+    assert (updates <= 25) == (batch >= 90)
+    assert spacing(320, 0) == spacing(0, batch) == 1
+
+
+@pytest.mark.parametrize(("track_every", "expected"), [("auto", 70), (30, 30)])
+def test_small_batches_put_estimates_off_unless_an_interval_is_set(
+    monkeypatch: pytest.MonkeyPatch, track_every: int | str, expected: int
+) -> None:
+    model = fallen()
+    guard = correcting(model, start=10**6, every=10**6, track_every=track_every)
+    assert sum(len(t.images) for t in guard._corrector.tracked) == 320
+    at: list[int] = []
+
+    def track() -> float:
+        at.append(guard.steps)
+        return 1.0
+
+    monkeypatch.setattr(guard._corrector, "track", track)
+    train(model, ((x[:32], y[:32]) for x, y in stream(160)), guard)
+    assert guard.tap.batch == 32
+    guard.close()
+    assert {b - a for a, b in itertools.pairwise(at)} == {expected}
 
 
 @pytest.mark.parametrize(("misread", "expected"), [(0.0, [6, 12]), (1.0, [3] * 7)])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from concept_guard.clock import spacing
 from concept_guard.config import GuardConfig
 from concept_guard.corrector import Corrector
 from concept_guard.counterfactual import mapped
@@ -87,6 +88,8 @@ class Bench:
         update = statistics.median(plain) * batch_size / len(self.images)
         per_round = statistics.median(rounds) * wanted * per_image
         every, shortest = (in_updates(self.settings, n) for n in ("every", "track_every"))
+        if self.settings.track_every == "auto":
+            shortest = max(shortest or 1, spacing(self.settings.reference_images, batch_size))
         observing = _ratio(watch, plain)
         extra = update * max(0.0, observing.middle - 1) + per_round / (every or 1)
         corrected = share = None
